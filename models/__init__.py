@@ -1,0 +1,34 @@
+"""Dynamic convolution: the public API.
+
+The names are loaded at first use, so that reading a config does not wait for torch.
+"""
+
+import importlib
+
+_HOME = {
+    "build_model": "build",
+    "convert": "conversion",
+    "load_weights": "weights",
+    "set_temperature": "temperature",
+    "get_temperature": "temperature",
+    "warehouse_layers": "weights",
+    "read_config": "config",
+    "ConfigError": "config",
+    "KWConv1d": "layers",
+    "KWConv2d": "layers",
+    "KWConv3d": "layers",
+    "KWLinear": "layers",
+    "Warehouse": "layers",
+    "mixture_conv": "ops",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,172 @@
+"""Kernel partition and the warehouse that layers share (KernelWarehouse, sections 3.2 and 3.3).
+
+Shapes: a kernel is [O, I, *K] (I per group), a cell [co, ci, *k], a warehouse [n, co, ci, *k].
+m is the number of cells that a layer's kernel is cut into, m_t its sum over the layers of a warehouse.
+"""
+
+import math
+from functools import reduce
+
+import torch
+from torch import nn
+
+ATTENTION_INITS = ("one-to-one", "all-to-one", "none", "k-to-one", "one-to-k")
+
+
+def _scaled(size, ratio, what, name, kernels):
+    """`size * ratio` as a whole number that divides `size`, or a ValueError that names everybody involved."""
+    scaled = size * ratio
+    if abs(scaled - round(scaled)) > 1e-6 * max(1.0, scaled) or round(scaled) < 1 or size % round(scaled):
+        layers = ", ".join(f"{layer or 'layer'} {list(shape)}" for layer, shape in kernels.items())
+        raise ValueError(
+            f"warehouse '{name}': {what} {ratio} does not divide the greatest common divisor {size} of its layers' "
+            f"kernels ({layers}); choose a ratio that gives a whole divisor of {size}"
+        )
+    return round(scaled)
+
+
+def partition(kernels, *, name, cell_inplane_ratio=1.0, cell_outplane_ratio=1.0, spatial_partition=True):
+    """Cut kernels into cells of one common shape.
+
+    kernels: layer name -> [O, I, *K].  Returns the cell's shape (co, ci, *k) and layer name -> number of cells m.
+    Channels are cut by their greatest common divisor times the ratio; positions one by one, or not at all without
+    `spatial_partition`, where all kernels must have the same size.  Raises ValueError where that is impossible.
+    """
+    shapes = list(kernels.values())
+    ranks = {len(shape) for shape in shapes}
+    if len(ranks) != 1:
+        raise ValueError(f"warehouse '{name}' mixes 1d, 2d, 3d or linear layers: {dict(kernels)}")
+    c_out = _scaled(reduce(math.gcd, (s[0] for s in shapes)), cell_outplane_ratio, "cell_outplane_ratio", name, kernels)
+    c_in = _scaled(reduce(math.gcd, (s[1] for s in shapes)), cell_inplane_ratio, "cell_inplane_ratio", name, kernels)
+    window = (1,) * (ranks.pop() - 2)
+    if not spatial_partition:
+        window = tuple(shapes[0][2:])
+        odd = [layer for layer, shape in kernels.items() if tuple(shape[2:]) != window]
+        if odd:
+            raise ValueError(
+                f"warehouse '{name}': without spatial_partition all kernels must be of one size, but {odd[0]} is "
+                f"{list(kernels[odd[0]])} beside {next(iter(kernels))} {list(shapes[0])}; give it another warehouse"
+            )
+    size = c_out * c_in * math.prod(window)
+    return (c_out, c_in, *window), {layer: math.prod(shape) // size for layer, shape in kernels.items()}
+
+
+class Warehouse(nn.Module):
+    """n cells shared by the kernels of several layers.
+
+    kernels: layer name -> kernel shape [O, I, *K], in the order in which cells are assigned.
+    cell_num_ratio: the budget b = n / m_t.  The other arguments are those of `partition`.
+    Raises ValueError where a ratio does not divide.  `cells` [n, co, ci, *k] is the only parameter.
+    """
+
+    def __init__(
+        self,
+        kernels,
+        *,
+        name="warehouse",
+        cell_num_ratio=1.0,
+        cell_inplane_ratio=1.0,
+        cell_outplane_ratio=1.0,
+        spatial_partition=True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        cell_shape, self.mixtures = partition(
+            kernels,
+            name=name,
+            cell_inplane_ratio=cell_inplane_ratio,
+            cell_outplane_ratio=cell_outplane_ratio,
+            spatial_partition=spatial_partition,
+        )
+        self.name, self.kernels, self.cell_num_ratio = name, dict(kernels), cell_num_ratio
+        total = sum(self.mixtures.values())
+        n = cell_num_ratio * total
+        if abs(n - round(n)) > 1e-6 * total or round(n) < 1:
+            raise ValueError(
+                f"warehouse '{name}': cell_num_ratio {cell_num_ratio} of {total} mixtures (cells of {list(cell_shape)} "
+                f"in {', '.join(f'{k} {list(v)}' for k, v in kernels.items())}) is not a whole number of cells; "
+                "choose a ratio that gives one"
+            )
+        self.n = round(n)
+        self.cells = nn.Parameter(torch.empty(self.n, *cell_shape, device=device, dtype=dtype))
+        self.assignments = self._assign()
+        self.reset_parameters()
+
+    def _assign(self):
+        """Layer -> the cell of each of its mixtures, n (the zero cell) where there is none (section 3.4, A.2)."""
+        b = self.cell_num_ratio
+        per_cell = round(1 / b) if b < 1 else 1
+        # 1 / b mixtures share a cell: the owners lie on a diagonal, as in a convolution of 1 / b groups (figure 6a)
+        diagonal = b < 1 and abs(per_cell * b - 1) < 1e-6 and all(m % per_cell == 0 for m in self.mixtures.values())
+        assignments, i, owned = {}, 0, 0
+        for layer, m in self.mixtures.items():
+            cells = []
+            for j in range(m):
+                if b >= 1:
+                    cell = math.floor(b * (i + j) + 1e-9)
+                else:
+                    if diagonal:
+                        own = j % per_cell == (j // per_cell) % per_cell
+                    else:
+                        own = math.floor(b * (i + j + 1) + 1e-9) > math.floor(b * (i + j) + 1e-9)
+                    cell = owned if own else self.n
+                    owned += own
+                cells.append(cell)
+            assignments[layer] = cells
+            i += m
+        return assignments
+
+    def own_cells(self, layer):
+        """The range (first, last + 1) of the cells that are assigned to a layer first of all."""
+        i = 0
+        for name, m in self.mixtures.items():
+            if name == layer:
+                return math.floor(self.cell_num_ratio * i + 1e-9), math.floor(self.cell_num_ratio * (i + m) + 1e-9)
+            i += m
+        raise ValueError(f"warehouse '{self.name}' has no layer '{layer}', only {', '.join(self.mixtures)}")
+
+    def initial_attention(self, layer, strategy="one-to-one"):
+        """beta [m, n + 1] of equation 4, the zero cell last.
+
+        strategy: "one-to-one" is section 3.4; "all-to-one", "none", "k-to-one" (b > 1) and "one-to-k" (b < 1) are
+        those of Table 13.
+        """
+        if strategy not in ATTENTION_INITS:
+            raise ValueError(f"unknown attention_init '{strategy}', choose from {', '.join(ATTENTION_INITS)}")
+        b, m = self.cell_num_ratio, self.mixtures[layer]
+        if (strategy == "k-to-one" and not b > 1) or (strategy == "one-to-k" and not b < 1):
+            raise ValueError(
+                f"warehouse '{self.name}': attention_init '{strategy}' needs cell_num_ratio "
+                f"{'above' if strategy == 'k-to-one' else 'below'} 1, not {b}; use 'one-to-one'"
+            )
+        beta = torch.zeros(m, self.n + 1)
+        if strategy == "all-to-one":
+            beta[:, : self.n] = 1.0
+        elif strategy in ("k-to-one", "one-to-k"):
+            start = b * sum(count for count in self._mixtures_before(layer))
+            for j in range(m):
+                first = math.floor(start + b * j + 1e-9)
+                beta[j, first : max(math.floor(start + b * (j + 1) + 1e-9), first + 1)] = 1.0
+        elif strategy == "one-to-one":
+            beta[torch.arange(m), torch.tensor(self.assignments[layer])] = 1.0
+        return beta
+
+    def _mixtures_before(self, layer):
+        for name, m in self.mixtures.items():
+            if name == layer:
+                return
+            yield m
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Kaiming-normal by fan-out, over the cells that each layer owns."""
+        window = math.prod(self.cells.shape[3:])
+        for layer in self.mixtures:
+            first, last = self.own_cells(layer)
+            fan_out = max(last - first, 1) * self.cells.shape[1] * window
+            self.cells[first:last].normal_(0.0, math.sqrt(2.0 / fan_out))
+
+    def extra_repr(self):
+        shape = "x".join(map(str, self.cells.shape[1:]))
+        return f"n={self.n}, cell={shape}, m_t={sum(self.mixtures.values())}, layers={len(self.mixtures)}"

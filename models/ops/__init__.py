@@ -1,0 +1,6 @@
+"""The one operator of all dynamic convolutions: kernels mixed from cells, per sample, and convolved."""
+
+from .mixture_conv import mixture_conv
+from .naive import mixture_conv_naive
+
+__all__ = ["mixture_conv", "mixture_conv_naive"]

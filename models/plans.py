@@ -1,0 +1,145 @@
+"""Which layer takes its kernels from which warehouse, per backbone family (KernelWarehouse, sections 3.3 and A.3).
+
+A plan is an ordered list of (layer, warehouse): module names of timm's model, and names such as
+`stage1_layer0_conv2`, whose parts `sharing_range` then joins.  The order of the warehouses is that of the released
+checkpoints.  The first layers of a stage are reassigned to the stage before, so that one layer with few channels does
+not shrink the greatest common divisors of all others (Table 15).
+"""
+
+import fnmatch
+import re
+
+from torch import nn
+
+CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+SHARED_PARTS = ("layer", "conv", "pwconv", "dwconv")
+
+
+def resnet_plan(model):
+    """ResNets: all convolutions but the stem, and in bottlenecks but the first one and its short cut."""
+    plan = []
+    for stage in range(4):
+        for index, block in enumerate(getattr(model, f"layer{stage + 1}")):
+            name = f"layer{stage + 1}.{index}"
+            bottleneck = hasattr(block, "conv3")
+            convs = [c for c in ("conv1", "conv2", "conv3") if hasattr(block, c)]
+            for i, conv in enumerate(convs):
+                if bottleneck and (stage, index, i) == (0, 0, 0):
+                    continue
+                home = max(stage - 1, 0) if (index, i) == (0, 0) else stage
+                plan.append((f"{name}.{conv}", f"stage{home}_layer{index}_conv{i}"))
+            if block.downsample is not None and stage > 0:
+                # the convolution is the only one there, whether or not an average pooling stands before it
+                i, _ = next((i, m) for i, m in block.downsample.named_children() if isinstance(m, nn.Conv2d))
+                plan.append((f"{name}.downsample.{i}", f"stage{stage - 1}_layer{index}_conv{len(convs)}"))
+    return plan
+
+
+def mobilenetv2_plan(model):
+    """MobileNetV2: all convolutions; depth-wise, expanding and projecting ones apart."""
+    plan = [("conv_stem", "stage0_conv0")]
+    for stage, blocks in enumerate(model.blocks):
+        for index, block in enumerate(blocks):
+            home = max(stage if index == 0 else stage + 1, 1)
+            parts = {"conv_pw": "pwconv0", "conv_dw": "dwconv0", "conv_pwl": "pwconv1"}
+            if not hasattr(block, "conv_pwl"):
+                # without expansion the block is depth-wise, then projecting
+                parts = {"conv_dw": "dwconv0", "conv_pw": "pwconv1"}
+            for layer, part in parts.items():
+                plan.append((f"blocks.{stage}.{index}.{layer}", f"stage{home}_layer{index}_{part}"))
+    return [*plan, ("conv_head", f"stage{len(model.blocks) - 1}_layer0_pwconv1")]
+
+
+def convnext_plan(model, stages=None):
+    """ConvNeXt: all convolutions; stem, down-sampling, depth-wise and point-wise ones apart.
+
+    stages: the number of blocks of every stage after reassignment, the model's own by default.
+    """
+    plan = [("stem.0", "stagestem_conv0")]
+    plan += [(f"stages.{i}.downsample.1", f"stage{i - 1}_layer0_conv0") for i in range(1, len(model.stages))]
+    blocks = [f"stages.{i}.blocks.{j}" for i, stage in enumerate(model.stages) for j in range(len(stage.blocks))]
+    stages = stages or [len(stage.blocks) for stage in model.stages]
+    homes = [(i, j) for i, count in enumerate(stages) for j in range(count)]
+    for block, (i, j) in zip(blocks, homes, strict=True):
+        plan.append((f"{block}.conv_dw", f"stage{i}_layer{j}_dwconv0"))
+        plan.append((f"{block}.mlp.fc1", f"stage{i}_layer{j}_pwconv0"))
+        plan.append((f"{block}.mlp.fc2", f"stage{i}_layer{j}_pwconv1"))
+    return plan
+
+
+def any_plan(model):
+    """Any other model: every convolution and linear layer but the first and the last, each with its own warehouse."""
+    layers = [name for name, module in model.named_modules() if type(module) in CONVERTIBLE]
+    return [(name, name.replace(".", "_")) for name in layers[1:-1]]
+
+
+def default_plan(model):
+    """The plan of a timm model's family, or `any_plan`."""
+    plans = {"ResNet": resnet_plan, "ConvNeXt": convnext_plan}
+    if type(model).__name__ == "EfficientNet" and hasattr(model, "conv_head") and not _has_squeeze(model):
+        return mobilenetv2_plan(model)
+    return plans.get(type(model).__name__, any_plan)(model)
+
+
+def _has_squeeze(model):
+    return any("SqueezeExcite" in type(module).__name__ for module in model.modules())
+
+
+def shared_parts(sharing_range):
+    """The name parts that lose their number: a list of them, or a released string.
+
+    The released code matches a string character by character, so that "layer_conv" means layer and conv, and
+    "layer_pwconv" means layer, conv and pwconv, but not dwconv.
+    """
+    if isinstance(sharing_range, str):
+        return [part for part in SHARED_PARTS if part[0] in sharing_range]
+    unknown = [part for part in sharing_range if part not in SHARED_PARTS]
+    if unknown:
+        raise ValueError(f"sharing_range: unknown part '{unknown[0]}', choose from {', '.join(SHARED_PARTS)}")
+    return list(sharing_range)
+
+
+def share(plan, sharing_range):
+    """Join warehouses: `stage0_layer1_conv2` becomes `stage0_layer_conv` with ["layer", "conv"]."""
+    parts = shared_parts(sharing_range)
+
+    def joined(name):
+        return "_".join(
+            match[1] if (match := re.fullmatch(r"([a-z]+)\d+", part)) and match[1] in parts else part
+            for part in name.split("_")
+        )
+
+    return [(layer, joined(name)) for layer, name in plan]
+
+
+def group(plan):
+    """Warehouse -> its layers, in the order of the plan."""
+    groups = {}
+    for layer, warehouse in plan:
+        groups.setdefault(warehouse, []).append(layer)
+    return groups
+
+
+def explicit(model, warehouses):
+    """Warehouse -> its layers, from the glob patterns of a config's `warehouses`, in module order.
+
+    Raises ValueError for a pattern that matches nothing and for a layer that two warehouses claim.
+    """
+    names = [name for name, module in model.named_modules() if type(module) in CONVERTIBLE]
+    owner, groups = {}, {}
+    for warehouse, settings in warehouses.items():
+        found = set()
+        for pattern in settings["layers"]:
+            matches = fnmatch.filter(names, pattern)
+            if not matches:
+                raise ValueError(
+                    f"warehouse '{warehouse}': no convolution or linear layer of the model is named '{pattern}'; "
+                    f"the layers are {', '.join(names[:4])}, ..."
+                )
+            found.update(matches)
+        for name in found:
+            if name in owner:
+                raise ValueError(f"layer '{name}' is claimed by the warehouses '{owner[name]}' and '{warehouse}'")
+            owner[name] = warehouse
+        groups[warehouse] = [name for name in names if name in found]
+    return groups
