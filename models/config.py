@@ -140,12 +140,13 @@ OPTIONS: dict[str, Option] = {
             str, None, "drop path the same in all blocks, or growing with depth", choices=("constant", "linear")
         ),
         dropout=Option(float, 0.0, "dropout before the classifier", **_SHARE),
+        head_init_scale=Option(float, 1.0, "factor of the classifier's initial weights", low=0),
         layer_scale_init_value=Option(float, 1e-6, "initial layer scale of ConvNeXt; 0 for none", low=0),
     ),
     **_in_group(
         "temperature",
         temp_epoch=Option(int, 20, "epochs in which the temperature falls linearly to 0", low=0),
-        temp_init_value=Option(float, 1.0, "temperature at the start", low=0),
+        temp_init_value=Option(float, 1.0, "temperature at the start", **_SHARE),
     ),
     **_in_group(
         "training",
@@ -158,8 +159,8 @@ OPTIONS: dict[str, Option] = {
             str,
             "cuda",
             "device; without a GPU, cuda falls back to cpu",
-            pattern=r"(cuda|cpu|mps|xpu)(:\d+)?",
-            hint="cuda, cuda:N, cpu, mps or xpu",
+            pattern=r"cuda(:\d+)?|cpu",
+            hint="cuda, cuda:N or cpu",
         ),
         use_amp=Option(bool, False, "automatic mixed precision"),
         amp_dtype=Option(
@@ -236,7 +237,6 @@ OPTIONS: dict[str, Option] = {
         "checkpoints",
         output_dir=Option(str, "", "folder of log.txt and the checkpoints; empty: nothing is written"),
         finetune=Option(str, "", "path or URL of weights to start from; a classifier of another size is left out"),
-        head_init_scale=Option(float, 1.0, "factor of the classifier's initial weights", low=0),
         model_key=Option(str, "model|module", "entries of the file of --finetune to look for, in this order"),
         model_prefix=Option(str, "", "prefix of the keys of the file of --finetune, taken off"),
         resume=Option(str, "", "path or URL of the checkpoint to continue, or to evaluate"),

@@ -1,0 +1,379 @@
+"""Data sets, transforms and loaders.
+
+Every random choice in loading an image follows from (seed, epoch, index) alone, so that a run is the same with any
+number of loader processes, and a resumed run the same as an unbroken one.
+"""
+
+import contextlib
+import os
+import random
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.transforms import InterpolationMode
+
+from models.config import ConfigError
+from utils import log
+
+# half an image is no image, and a picture of more than 179 million pixels an attack
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+DIGITS_TEST_IMAGES = 360
+
+
+class UnreadableImage(RuntimeError):
+    """An image that cannot be decoded; the message names its file."""
+
+    def __init__(self, message: str):
+        # a loader process hands the message on with its traceback before it
+        super().__init__(message.rsplit("UnreadableImage: ", 1)[-1].strip())
+
+
+def read_image(source, name: str) -> Image.Image:
+    """Decode an image to RGB, upright.
+
+    The EXIF rotation is applied; grey, palette, 16-bit and CMYK images are converted.
+
+    Args:
+        source: path or open binary file.
+        name: what to call it in an error.
+
+    Raises:
+        UnreadableImage: names the image.
+    """
+    try:
+        with Image.open(source) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    except Exception as error:
+        # decoders raise whatever a damaged file leads them to
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UnreadableImage(f"{name}: cannot be read as an image ({reason}); replace or remove it") from None
+    if image.mode.startswith("I"):
+        # 16-bit grey: convert() would clip it to white
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "P":
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+class ImageFolderData(Dataset):
+    """A folder with one folder of images per class.
+
+    Raises:
+        ConfigError: the folder does not exist or holds no image.
+    """
+
+    def __init__(self, root: Path, transform, option: str = "--data_path"):
+        if not root.is_dir():
+            raise ConfigError(f"{root}: no such folder of images; check {option}")
+        try:
+            folder = ImageFolder(str(root))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{root}: holds no images in folders of classes: {str(error).splitlines()[0]}") from None
+        self.samples, self.classes, self.transform = folder.samples, folder.classes, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        path, label = self.samples[index]
+        return self.transform(read_image(path, path)), label
+
+
+class DigitsData(Dataset):
+    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 with 17 grey levels; 1,437 train, 360 test.
+
+    The split is stratified and fixed. Source: UCI ML hand-written digits, test set.
+    """
+
+    classes = tuple("0123456789")
+
+    def __init__(self, is_train: bool, transform):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        images, labels = load_digits(return_X_y=True)
+        train, test = train_test_split(
+            np.arange(len(labels)), test_size=DIGITS_TEST_IMAGES, stratify=labels, random_state=0
+        )
+        chosen = np.sort(train if is_train else test)
+        self.images = (images[chosen] * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)
+        self.labels = labels[chosen].tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.labels[index]
+
+
+class ReaderData(Dataset):
+    """A timm reader with random access (folders, tar files, hfds)."""
+
+    def __init__(self, reader, transform):
+        self.reader, self.transform = reader, transform
+        self.classes = list(getattr(reader, "class_to_idx", None) or {}) or None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int):
+        file, label = self.reader[index]
+        return self.transform(read_image(file, str(self.reader.filename(index)))), label
+
+
+class SeededData(Dataset):
+    """Loads (epoch, index) with the random generators set by (seed, epoch, index), and sets them back after it."""
+
+    def __init__(self, data: Dataset, seed: int):
+        self.data, self.seed = data, seed
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, position: tuple[int, int]):
+        epoch, index = position
+        with _seeded(int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])):
+            return self.data[index]
+
+
+@contextlib.contextmanager
+def _seeded(seed: int):
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    # torch.manual_seed would seed the GPUs as well
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class TrainSampler(Sampler):
+    """A new permutation every epoch, the same on all processes, of which each takes every world-th.
+
+    Yields (epoch, index). Set `epoch` before iterating. The last images that do not fill all processes are left out.
+    """
+
+    def __init__(self, size: int, rank: int, world: int, seed: int):
+        self.size, self.rank, self.world, self.seed, self.epoch = size, rank, world, seed, 0
+
+    def __len__(self) -> int:
+        return self.size // self.world
+
+    def __iter__(self):
+        order = np.random.Generator(np.random.PCG64((self.seed, self.epoch))).permutation(self.size)
+        for index in order[: len(self) * self.world][self.rank :: self.world]:
+            yield self.epoch, int(index)
+
+
+class EvalSampler(Sampler):
+    """Every world-th image from `rank` on: all processes together take each exactly once, some one more than others."""
+
+    def __init__(self, size: int, rank: int, world: int):
+        self.indices = range(rank, size, world)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self):
+        return iter(self.indices)
+
+
+def make_transform(args, is_train: bool):
+    """Image -> tensor [3, input_size, input_size], normalised.
+
+    Advanced preprocessing (the papers' 300-epoch recipe): random resized crop, flip, RandAugment or colour jitter,
+    random erasing, bicubic; evaluation resizes to input_size / crop_pct (to a square without cropping from 384 on) and
+    crops. Traditional: random resized crop and flip, bilinear; evaluation resizes to 8/7 of the crop. CIFAR at its own
+    size is cropped from a padded image; digits are only moved, turned and scaled a little, and never flipped.
+    """
+    size, imagenet = args.input_size, args.imagenet_default_mean_and_std
+    mean = IMAGENET_DEFAULT_MEAN if imagenet else (0.5, 0.5, 0.5)
+    std = IMAGENET_DEFAULT_STD if imagenet else (0.5, 0.5, 0.5)
+    to_tensor = [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    bicubic, bilinear = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
+    small = size <= 32 and args.data_set.startswith("CIFAR")
+
+    if args.data_set == "digits":
+        moved = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=bilinear)
+        resized = transforms.Resize((size, size), bicubic)
+        return transforms.Compose([resized, *([moved] if is_train else []), *to_tensor])
+    if not is_train:
+        if small:
+            steps = [transforms.Resize((size, size), bicubic)]
+        elif args.traditional_preprocess:
+            steps = [transforms.Resize(round(size * 256 / 224), bilinear), transforms.CenterCrop(size)]
+        elif size >= 384:
+            steps = [transforms.Resize((size, size), bicubic)]
+        else:
+            resized = int(size / (args.crop_pct or 224 / 256))
+            steps = [transforms.Resize(resized, bicubic), transforms.CenterCrop(size)]
+        return transforms.Compose([*steps, *to_tensor])
+    if args.traditional_preprocess and not small:
+        crop = transforms.RandomResizedCrop(size, interpolation=bilinear)
+        return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *to_tensor])
+    if args.traditional_preprocess:
+        steps = [transforms.RandomHorizontalFlip(), *to_tensor]
+    else:
+        try:
+            transform = create_transform(
+                size, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa,
+                interpolation=args.train_interpolation, re_prob=args.reprob, re_mode=args.remode,
+                re_count=args.recount, mean=mean, std=std,
+            )  # fmt: skip
+        except (AssertionError, KeyError, ValueError, IndexError) as error:
+            raise ConfigError(
+                f'"aa" must be a policy such as rand-m9-mstd0.5-inc1; got {args.aa!r} ({error})'
+            ) from None
+        if not small:
+            return transform
+        steps = transform.transforms[1:]
+    padded = [transforms.Resize((size, size), bicubic), transforms.RandomCrop(size, padding=4)]
+    return transforms.Compose([*padded, *steps])
+
+
+def make_data(args, is_train: bool) -> Dataset:
+    """The training or the evaluation images of `--data_set`.
+
+    Raises:
+        ConfigError: the data are not there; names the path.
+    """
+    transform = make_transform(args, is_train)
+    name, root = args.data_set, Path(args.data_path)
+    if name == "digits":
+        return DigitsData(is_train, transform)
+    if not args.data_path:
+        raise ConfigError(f"--data_set {name} needs --data_path, the folder that holds the data")
+    if name == "IMNET":
+        return ImageFolderData(root / ("train" if is_train else "val"), transform)
+    if name == "image_folder":
+        if is_train:
+            return ImageFolderData(root, transform)
+        if not args.eval_data_path:
+            raise ConfigError("--data_set image_folder needs --eval_data_path, or --disable_eval true")
+        return ImageFolderData(Path(args.eval_data_path), transform, "--eval_data_path")
+    if name in ("CIFAR", "CIFAR10", "CIFAR100"):
+        kind = CIFAR10 if name == "CIFAR10" else CIFAR100
+        try:
+            return kind(str(root), train=is_train, transform=transform, download=False)
+        except RuntimeError:
+            raise ConfigError(
+                f"{root}: no {kind.__name__} here; unpack {kind.url} into it (it must hold {kind.base_folder}/)"
+            ) from None
+    return _reader_data(args, is_train, transform)
+
+
+def _reader_data(args, is_train: bool, transform) -> Dataset:
+    split = "train" if is_train else "validation"
+    try:
+        data = create_dataset(
+            args.data_set,
+            root=args.data_path,
+            split=split,
+            is_training=is_train,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+    except (ImportError, AssertionError, ValueError, RuntimeError, OSError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"--data_set {args.data_set}, {split} split of {args.data_path}: {reason}") from None
+    if isinstance(data, IterableDataset):
+        data.transform = transform
+        return data
+    return ReaderData(data.reader, transform)
+
+
+@dataclass
+class Loaders:
+    """What `make_loaders` returns: `train` is None when only evaluating, `evaluation` when that is disabled."""
+
+    train: DataLoader | None
+    evaluation: DataLoader | None
+    sampler: TrainSampler | None
+    nb_classes: int
+
+
+def make_loaders(args, given: dict, process) -> Loaders:
+    """Build the data sets, check that they fit each other, and wrap them in loaders.
+
+    Args:
+        given: the options that the user gave, to tell a chosen `nb_classes` from the default.
+
+    Raises:
+        ConfigError: data that are not there, classes that differ, or too few images for one update.
+    """
+    train_data = None if args.eval else make_data(args, is_train=True)
+    eval_data = None if args.disable_eval and not args.eval else make_data(args, is_train=False)
+    classes = getattr(train_data, "classes", None) or getattr(eval_data, "classes", None)
+    if train_data is not None and eval_data is not None:
+        _check_same_classes(train_data, eval_data)
+    nb_classes = args.nb_classes if classes is None else len(classes)
+    if given.get("nb_classes", nb_classes) != nb_classes:
+        raise ConfigError(
+            f"--nb_classes is {given['nb_classes']}, but the data have {nb_classes} classes; "
+            "correct it, or leave it out to take it from the data"
+        )
+
+    workers = min(args.num_workers, max(1, len(os.sched_getaffinity(0)) // process.local_world))
+    if workers < args.num_workers and "num_workers" in given:
+        log(f"num_workers {args.num_workers} reduced to {workers}, the cores of each process")
+    common = {
+        "batch_size": args.batch_size,
+        "num_workers": workers,
+        "pin_memory": args.pin_mem and process.device.type == "cuda",
+        "persistent_workers": workers > 0,
+    }
+    loaders = Loaders(None, None, None, nb_classes)
+    if isinstance(train_data, IterableDataset):
+        loaders.train = DataLoader(train_data, drop_last=True, generator=_own_generator(args), **common)
+    elif train_data is not None:
+        loaders.sampler = TrainSampler(len(train_data), process.rank, process.world, args.seed)
+        loaders.train = DataLoader(
+            SeededData(train_data, args.seed),
+            sampler=loaders.sampler,
+            drop_last=True,
+            generator=_own_generator(args),
+            **common,
+        )
+    if loaders.train is not None and len(loaders.train) < args.update_freq:
+        needed = args.batch_size * args.update_freq * process.world
+        raise ConfigError(
+            f"{len(train_data)} training images are too few for one update of {needed} (--batch_size x --update_freq x "
+            "processes); lower one of them"
+        )
+    if eval_data is not None:
+        rank, world = (process.rank, process.world) if args.dist_eval else (0, 1)
+        sampler = None if isinstance(eval_data, IterableDataset) else EvalSampler(len(eval_data), rank, world)
+        loaders.evaluation = DataLoader(eval_data, sampler=sampler, generator=_own_generator(args), **common)
+    return loaders
+
+
+def _own_generator(args) -> torch.Generator:
+    # loaders draw a seed at start; drawn from the global generator, it would move what a resumed run draws
+    return torch.Generator().manual_seed(args.seed)
+
+
+def _check_same_classes(train_data: Dataset, eval_data: Dataset) -> None:
+    train, evaluation = getattr(train_data, "classes", None), getattr(eval_data, "classes", None)
+    if train is None or evaluation is None or train == evaluation:
+        return
+    difference = sorted(set(train) ^ set(evaluation))[:3]
+    raise ConfigError(
+        f"the training data have {len(train)} classes and the evaluation data {len(evaluation)}, and they differ, "
+        f"first in: {', '.join(map(str, difference))}; both folders must hold the same classes"
+    )

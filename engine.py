@@ -1,0 +1,207 @@
+"""One epoch of training, the evaluation, and the temperature schedule."""
+
+import contextlib
+import math
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from models import set_temperature
+from utils import Progress, log, reduce_sum
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient is NaN or infinite. The message names the epoch and the step."""
+
+
+def temperature_at(step: int, steps_per_epoch: int, temp_epoch: int, temp_init_value: float) -> float:
+    """Temperature at an optimizer update: linear from `temp_init_value` at update 0 to 0 after `temp_epoch` epochs.
+
+    Source: KernelWarehouse, section 3.4 and appendix A.1.
+    """
+    total = temp_epoch * steps_per_epoch
+    return temp_init_value * (1 - step / total) if step < total else 0.0
+
+
+def autocast(args, device: torch.device):
+    """Context of the forward pass. `auto` takes bfloat16 where the device computes in it, else float16."""
+    return torch.autocast(device.type, dtype=amp_dtype(args, device), enabled=args.use_amp)
+
+
+def amp_dtype(args, device: torch.device) -> torch.dtype:
+    if args.amp_dtype != "auto":
+        return getattr(torch, args.amp_dtype)
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def train_one_epoch(
+    net, loader, optimizer, schedule, criterion, *, args, epoch, process, scaler, mixup=None, ema=None, run_log=None
+) -> dict:
+    """Train for an epoch.
+
+    An update averages the gradients of `update_freq` batches of every process. Batches at the end of the loader that
+    do not fill an update are dropped. No step waits for the device except to log.
+
+    Args:
+        net: the model, or it in DistributedDataParallel.
+        loader: batches of images [B, 3, H, W] and classes [B].
+        schedule: learning rate and weight decay by update.
+        scaler: a GradScaler, enabled for float16 only.
+        mixup: timm's Mixup, or None.
+        ema: timm's ModelEmaV3, or None.
+
+    Returns:
+        Averages over the epoch and all processes: `loss`, `acc1` (without mixup), and the last `lr`, `weight_decay`,
+        `temperature` and `grad_norm`.
+
+    Raises:
+        NonFiniteLoss: on all processes alike. No update was made from such a gradient.
+    """
+    model = net.module if isinstance(net, DistributedDataParallel) else net
+    device, steps = process.device, schedule.steps_per_epoch
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    temperature = None
+    # sums stay on the device: loss, correct images, images
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    first_bad_step = torch.full((), -1.0, device=device)
+    progress = Progress(f"epoch {epoch}", steps, args.batch_size * args.update_freq * process.world, device)
+
+    net.train()
+    batches = iter(loader)
+    for update in range(steps):
+        step = epoch * steps + update
+        lr, weight_decay = schedule.apply(optimizer, step)
+        now = 0.0 if args.finetune else temperature_at(step, steps, args.temp_epoch, args.temp_init_value)
+        if now != temperature:
+            temperature = now
+            set_temperature(model, temperature)
+
+        loss_of_update = torch.zeros((), device=device)
+        for micro in range(args.update_freq):
+            images, targets = _to_device(next(batches), device, args.channels_last)
+            classes = targets
+            if mixup is not None:
+                images, targets = mixup(images, targets)
+            # the gradients of an update are exchanged once, in its last backward pass
+            waits = micro < args.update_freq - 1 and isinstance(net, DistributedDataParallel)
+            with net.no_sync() if waits else contextlib.nullcontext():
+                with autocast(args, device):
+                    logits = net(images)
+                loss = criterion(logits.float(), targets) / args.update_freq
+                scaler.scale(loss).backward()
+            loss_of_update += loss.detach()
+            if mixup is None:
+                sums[1] += (logits.detach().argmax(1) == classes).sum()
+                sums[2] += len(classes)
+        sums[0] += loss_of_update
+
+        if scaler.is_enabled():
+            scaler.unscale_(optimizer)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if args.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, grad_norm)
+
+        # float16 overflows now and then, which the scaler mends; then the loss alone decides
+        finite = torch.isfinite(loss_of_update)
+        if not scaler.is_enabled():
+            finite = finite & torch.isfinite(grad_norm)
+        bad = (~finite).float()
+        if dist.is_initialized():
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        first_bad_step = torch.where((first_bad_step < 0) & (bad > 0), float(update), first_bad_step)
+        last = update == steps - 1
+        logs = (update + 1) % args.log_interval == 0 or last
+        # asking the CPU costs nothing; a GPU is asked where the log waits for it, and skips bad updates until then
+        if logs or device.type == "cpu":
+            _raise_if_bad(first_bad_step, epoch, steps)
+        if scaler.is_enabled():
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.found_inf = bad
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.update(model)
+
+        if logs:
+            metrics = {
+                "loss": loss_of_update.item(),
+                "lr": lr,
+                "temperature": temperature,
+                "grad_norm": grad_norm.item(),
+            }
+            progress.update(update + 1, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+            if run_log is not None:
+                run_log.step(step + 1, {f"train/{name}": value for name, value in metrics.items()})
+
+    reduce_sum(sums)
+    loss, correct, images_seen = sums.tolist()
+    return {
+        "loss": loss / steps / process.world,
+        "acc1": 100 * correct / images_seen if images_seen else None,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "temperature": temperature,
+        "grad_norm": grad_norm.item(),
+    }
+
+
+def _raise_if_bad(first_bad_step: torch.Tensor, epoch: int, steps: int) -> None:
+    bad = int(first_bad_step.item())
+    if bad >= 0:
+        raise NonFiniteLoss(
+            f"the loss or the gradient is not finite at step {bad} of epoch {epoch} (step {epoch * steps + bad} of the "
+            "run); the last checkpoint is intact. Lower --lr, lengthen --warmup_epochs or set --clip_grad"
+        )
+
+
+def _to_device(batch, device: torch.device, channels_last: bool):
+    images, targets = batch
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    images = images.to(device, non_blocking=True, memory_format=memory_format)
+    return images, targets.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def evaluate(model, loader, *, args, device, title="") -> dict:
+    """Top-1 and top-5 accuracy and cross-entropy; prints `* Acc@1 A Acc@5 B loss L`.
+
+    Args:
+        model: without DistributedDataParallel, since processes may have different numbers of batches.
+        loader: batches of images [B, 3, H, W] and classes [B].
+        title: printed before the line.
+
+    Returns:
+        `acc1` and `acc5` in percent (with fewer than 5 classes, top that many), `loss`, and the integers `correct1`,
+        `correct5` and `count`.
+    """
+    model.eval()
+    images_seen = 0
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
+    for batch in loader:
+        images, targets = _to_device(batch, device, args.channels_last)
+        with autocast(args, device):
+            logits = model(images)
+        logits = logits.float()
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        counts += torch.stack([top[:, 0].sum(), top.sum()])
+        images_seen += len(targets)
+        loss_sum += torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    counts = torch.cat([counts, counts.new_tensor([images_seen])])
+    if args.dist_eval:
+        reduce_sum(counts)
+        reduce_sum(loss_sum)
+    correct1, correct5, count = counts.tolist()
+    if count == 0:
+        raise ValueError("there is no image to evaluate")
+    result = {"acc1": 100 * correct1 / count, "acc5": 100 * correct5 / count, "loss": loss_sum.item() / count}
+    log(f"{title}* Acc@1 {result['acc1']:.3f} Acc@5 {result['acc5']:.3f} loss {result['loss']:.3f}")
+    if not math.isfinite(result["loss"]):
+        log("warning: the loss of the evaluation is not finite")
+    return {**result, "correct1": correct1, "correct5": correct5, "count": count}

@@ -1,0 +1,220 @@
+"""Train and evaluate an image classifier.
+
+    python main.py --kw_config configs/resnet18/kw1x_resnet18.json --data_path IMAGENET --output_dir OUT
+    python -m torch.distributed.launch --nproc_per_node=8 main.py ...       (or torchrun, or srun)
+    python main.py --kw_config CONFIG --eval true --resume CHECKPOINT --data_path IMAGENET
+
+A mistake in the options, the data or a checkpoint ends it with one line and exit code 2, before any training.
+"""
+
+import os
+import sys
+import time
+
+from models.config import MODEL_KEYS, ConfigError, parse_command_line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run with the options of `argv` (None: the command line); returns the exit code."""
+    try:
+        args, given = parse_command_line(argv)
+        check_paths(args)
+    except ConfigError as error:
+        return fail(error)
+
+    # from here on torch is loaded, which takes seconds
+    import torch.distributed as dist
+
+    from datasets import UnreadableImage
+    from engine import NonFiniteLoss
+
+    try:
+        run(args, given)
+    except ConfigError as error:
+        return fail(error)
+    except (NonFiniteLoss, UnreadableImage) as error:
+        return fail(error, code=1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+def fail(error: Exception, code: int = 2) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+    return code
+
+
+def check_paths(args) -> None:
+    """Refuse paths that cannot be right, before anything slow."""
+    for option in ("resume", "finetune"):
+        path = getattr(args, option)
+        if path and "://" not in path and not os.path.isfile(path):
+            raise ConfigError(f"--{option} {path}: no such file")
+    for option in ("data_path", "eval_data_path"):
+        path = getattr(args, option)
+        if path and "/" not in args.data_set and not os.path.isdir(path):
+            raise ConfigError(f"--{option} {path}: no such folder")
+    if args.data_set in ("IMNET", "image_folder") and not (args.data_path or (args.eval and args.eval_data_path)):
+        raise ConfigError(f"--data_set {args.data_set} needs --data_path, the folder that holds the data")
+    if args.output_dir and os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+        raise ConfigError(f"--output_dir {args.output_dir}: not a folder")
+    if args.batch_size % 2 and not args.eval and mixes(args):
+        raise ConfigError(f"--batch_size {args.batch_size} must be even, since mixup and cutmix mix pairs of images")
+
+
+def mixes(args) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def run(args, given: dict) -> None:
+    import torch
+    from timm.data import Mixup
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.utils import ModelEmaV3
+    from torch.nn.parallel import DistributedDataParallel
+
+    import checkpoints
+    import utils
+    from datasets import make_loaders
+    from engine import amp_dtype, evaluate, train_one_epoch
+    from models import build_model, get_temperature, set_temperature
+    from optim_factory import Schedule, create_optimizer
+    from utils import log
+
+    # distributed
+    process = utils.start_processes(args)
+    device = process.device
+    if args.use_amp and device.type == "cpu" and args.amp_dtype == "float16":
+        raise ConfigError("--amp_dtype float16 needs a GPU; take bfloat16 or auto")
+    torch.backends.cudnn.benchmark = True
+    output = utils.make_folder(args.output_dir) if args.output_dir else None
+
+    # data
+    loaders = make_loaders(args, given, process)
+
+    # model: the same initial weights in every process, then a random stream of its own
+    utils.set_seed(args.seed)
+    config = {name: value for name, value in given.items() if name in MODEL_KEYS}
+    model = build_model({**config, "model": args.model}, num_classes=loaders.nb_classes).to(device)
+    if args.channels_last:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
+    if args.finetune:
+        checkpoints.finetune(model, args)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    log(
+        f"{args.model}: {parameters / 1e6:.2f} M parameters, {loaders.nb_classes} classes, on {process.world} x {device}"
+    )
+
+    # evaluate
+    checkpoint, path = checkpoints.find(args, output)
+    if args.eval:
+        if checkpoint is None and not args.finetune:
+            raise ConfigError("--eval needs a checkpoint: give --resume, or the --output_dir of a run")
+        set_temperature(model, 0.0)
+        if checkpoint is not None:
+            checkpoints.load(model, checkpoint, path)
+        evaluate(model, loaders.evaluation, args=args, device=device)
+        if args.model_ema_eval and checkpoint is not None and checkpoint.get("model_ema"):
+            checkpoints.load(model, {**checkpoint, "model": checkpoint["model_ema"]}, path)
+            evaluate(model, loaders.evaluation, args=args, device=device, title="EMA ")
+        return
+
+    # optimizer
+    steps = len(loaders.train) // args.update_freq
+    optimizer = create_optimizer(args, model)
+    schedule = Schedule(args, steps)
+    scaled = args.use_amp and device.type == "cuda" and amp_dtype(args, device) == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+    mixup, criterion = None, torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+    if mixes(args):
+        mixup = Mixup(
+            mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
+            num_classes=loaders.nb_classes,
+        )  # fmt: skip
+        criterion = SoftTargetCrossEntropy()
+    batch = args.batch_size * args.update_freq * process.world
+    log(
+        f"{args.batch_size} x {args.update_freq} x {process.world} = {batch} images an update, {steps} updates an epoch"
+    )
+    if schedule.warmup >= schedule.total:
+        log(f"note: the warm-up of {schedule.warmup} updates is as long as the run of {schedule.total}")
+
+    # resume
+    ema = None
+    if args.model_ema:
+        ema_device = torch.device("cpu") if args.model_ema_force_cpu else device
+        ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device)
+    utils.set_seed(args.seed + process.rank)
+    start_epoch, best = args.start_epoch, {"acc1": None, "acc1_ema": None}
+    if checkpoint is not None:
+        start_epoch, best = checkpoints.restore(checkpoint, path, model, ema, optimizer, scaler, args, process)
+    if output is not None and process.is_main:
+        checkpoints.remove_stale_files(output)
+    run_log = utils.RunLog(args, start_epoch)
+    if args.compile:
+        # in place: neither the keys of the weights nor the copy for the EMA change
+        model.compile()
+    net = model
+    if process.world > 1:
+        net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+    # train
+    started = time.perf_counter()
+    for epoch in range(start_epoch, args.epochs):
+        if loaders.sampler is not None:
+            loaders.sampler.epoch = epoch
+        trained = train_one_epoch(
+            net, loaders.train, optimizer, schedule, criterion, args=args, epoch=epoch, process=process, scaler=scaler,
+            mixup=mixup, ema=ema, run_log=run_log,
+        )  # fmt: skip
+        temperature = get_temperature(model)
+        utils.synchronise_buffers(*[model] + ([ema.module] if ema is not None else []))
+        if ema is not None:
+            set_temperature(ema.module, temperature)
+
+        metrics = {"epoch": epoch, **{f"train_{name}": value for name, value in trained.items()}}
+        improved = []
+        evaluated = {"acc1": model, "acc1_ema": ema.module if ema is not None and args.model_ema_eval else None}
+        for name, module in evaluated.items():
+            if module is None or loaders.evaluation is None:
+                continue
+            suffix = name.removeprefix("acc1")
+            where = next(module.parameters()).device
+            result = evaluate(module, loaders.evaluation, args=args, device=where, title="EMA " if suffix else "")
+            metrics |= {f"test_{key}{suffix}": result[key] for key in ("loss", "acc1", "acc5")}
+            if best[name] is None or result["acc1"] > best[name]:
+                best[name] = result["acc1"]
+                improved.append(name)
+        metrics |= {f"best_{name}": value for name, value in best.items() if value is not None}
+        run_log.epoch((epoch + 1) * steps, {**metrics, "n_parameters": parameters})
+
+        if output is not None and args.save_ckpt:
+            state = checkpoints.training_state(model, ema, optimizer, scaler, epoch, best, temperature, args, process)
+            if (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs:
+                target = output / f"checkpoint-{epoch}.pth"
+                if checkpoints.save_checkpoint(target, state):
+                    checkpoints.prune_checkpoints(output, epoch, args.save_ckpt_num)
+                    run_log.checkpoint(target)
+            if "acc1" in improved:
+                checkpoints.save_checkpoint(output / "checkpoint-best.pth", state)
+            if "acc1_ema" in improved:
+                checkpoints.save_checkpoint(output / "checkpoint-best-ema.pth", checkpoints.ema_state(state))
+
+    # report
+    run_log.close()
+    log(f"trained {max(0, args.epochs - start_epoch)} epochs in {time.perf_counter() - started:.0f} s")
+    for name, value in best.items():
+        if value is not None:
+            log(f"best {name}: {value:.3f}")
+    if output is not None and process.is_main and (output / "log.txt").is_file():
+        try:
+            utils.plot_curves(output / "log.txt", output / "curves.png")
+        except ImportError:
+            log("curves.png was not drawn: matplotlib is not installed")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Parameter groups, optimizers, and the schedules of the learning rate and the weight decay."""
+
+import math
+from collections import Counter
+
+import torch
+from timm.models._manipulate import group_with_matcher
+
+from models import warehouse_layers
+from models.config import ConfigError
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Group the trainable parameters by weight decay and by learning-rate scale.
+
+    Biases, norms and other 1-d parameters, and those that the model itself names in `no_weight_decay`, are not
+    decayed; the cells of warehouses are. With a layer decay d below 1, a stage k stages before the output learns d^k
+    as fast; a warehouse learns as the stage of most of its layers.
+
+    Args:
+        model: any timm model, dynamic or not.
+
+    Returns:
+        Groups for a torch optimizer, with `weight_decay`, `decayed`, `lr_scale` and the `names` of the parameters.
+    """
+    skipped = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    scales = _stage_scales(model, layer_decay) if layer_decay != 1.0 else {}
+    groups: dict[tuple, dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decayed = parameter.ndim > 1 and not name.endswith(".bias") and name not in skipped
+        scale = scales.get(name, 1.0)
+        decay = weight_decay if decayed else 0.0
+        new = {"params": [], "names": [], "weight_decay": decay, "decayed": decayed, "lr_scale": scale}
+        group = groups.setdefault((decayed, scale), new)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def _stage_scales(model: torch.nn.Module, layer_decay: float) -> dict[str, float]:
+    """Parameter name -> factor of the learning rate."""
+    if not hasattr(model, "group_matcher"):
+        raise ConfigError("--layer_decay needs a model that tells its stages (timm's group_matcher); leave it at 1")
+    users = warehouse_layers(model)
+    # a layer may hold no parameter of its own, so stand-ins find its stage
+    stand_ins = {layer: f"{layer}.weight" for layers in users.values() for layer in layers}
+    names = [name for name, _ in model.named_parameters() if name not in users]
+    names = dict.fromkeys(names + list(stand_ins.values()))
+    stages = group_with_matcher([(name, name) for name in names], model.group_matcher(coarse=True), reverse=True)
+    for warehouse, layers in users.items():
+        counts = Counter(stages[stand_ins[layer]] for layer in layers)
+        stages[warehouse] = max(counts, key=lambda stage: (counts[stage], stage))
+    last = max(stages.values())
+    return {name: layer_decay ** (last - stage) for name, stage in stages.items()}
+
+
+def create_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum, over `parameter_groups`.
+
+    The fused versions are used: they can skip an update by a flag that stays on the device (`found_inf`).
+    """
+    groups = parameter_groups(model, args.weight_decay, args.layer_decay)
+    for group in groups:
+        group["lr"] = args.lr * group["lr_scale"]
+    if args.opt == "sgd":
+        return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+    betas = tuple(args.opt_betas or (0.9, 0.999))
+    return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.opt_eps, fused=True)
+
+
+class Schedule:
+    """Learning rate and weight decay at every optimizer update, counted from 0 over the whole run.
+
+    The learning rate rises linearly from 0 to `lr` during the warm-up and then follows either half a cosine down to
+    `min_lr` (at the update after the last), or steps: times `decay_rate` every `decay_epochs` epochs. The weight
+    decay follows half a cosine to `weight_decay_end`, where that is given.
+
+    Args:
+        args: the options of the optimizer.
+        steps_per_epoch: optimizer updates in an epoch.
+    """
+
+    def __init__(self, args, steps_per_epoch: int):
+        self.args, self.steps_per_epoch = args, steps_per_epoch
+        self.total = args.epochs * steps_per_epoch
+        self.warmup = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
+
+    def lr(self, step: int) -> float:
+        args = self.args
+        if step < self.warmup:
+            return args.lr * step / max(1, self.warmup - 1)
+        if args.lr_schedule == "step":
+            return args.lr * args.decay_rate ** (step // self.steps_per_epoch // args.decay_epochs)
+        return _cosine(args.lr, args.min_lr, (step - self.warmup) / max(1, self.total - self.warmup))
+
+    def weight_decay(self, step: int) -> float:
+        end = self.args.weight_decay_end
+        if end is None:
+            return self.args.weight_decay
+        return _cosine(self.args.weight_decay, end, step / self.total)
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> tuple[float, float]:
+        """Set both in the optimizer; returns them."""
+        lr, weight_decay = self.lr(step), self.weight_decay(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+            if group["decayed"]:
+                group["weight_decay"] = weight_decay
+        return lr, weight_decay
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * share))

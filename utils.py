@@ -1,0 +1,327 @@
+"""Distributed start-up, logs and the progress line."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from models.config import ConfigError
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of the run.
+
+    Args:
+        rank, world: index of the process and number of processes.
+        local_rank, local_world: the same on this machine.
+        device: where the model lives.
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def read_launcher(args, env=os.environ) -> tuple[int, int, int, int, str]:
+    """What the launcher says: rank, world, local rank, local world, and the address at which the processes meet.
+
+    Understands torchrun and torch.distributed.launch (RANK, WORLD_SIZE, LOCAL_RANK or --local-rank), Open MPI
+    (with --dist_on_itp) and SLURM; without any of them there is one process.
+    """
+    url = args.dist_url
+    if args.dist_on_itp and "OMPI_COMM_WORLD_RANK" in env:
+        names = (
+            "OMPI_COMM_WORLD_RANK",
+            "OMPI_COMM_WORLD_SIZE",
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+            "OMPI_COMM_WORLD_LOCAL_SIZE",
+        )
+        rank, world, local_rank, local_world = (int(env.get(name, 1)) for name in names)
+        if url == "env://":
+            url = f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '29500')}"
+        return rank, world, local_rank, local_world, url
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+        local_rank = int(env.get("LOCAL_RANK", max(args.local_rank, 0)))
+        return rank, world, local_rank, int(env.get("LOCAL_WORLD_SIZE", world)), url
+    if "SLURM_PROCID" in env:
+        rank, local_rank = int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0))
+        world = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
+        nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", 1)))
+        if url == "env://":
+            # every task works out the same address: rank 0 runs on the first node of the step
+            hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST", "")
+            host = env.get("MASTER_ADDR") or first_host(hosts) or env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+            port = env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000
+            url = f"tcp://{host}:{port}"
+        return rank, world, local_rank, max(1, world // nodes), url
+    return 0, 1, max(args.local_rank, 0), 1, url
+
+
+def first_host(hosts: str) -> str:
+    """First name of a SLURM node list: `node[03-05,9],login` -> `node03`."""
+    match = re.match(r"([^\[,]*)(?:\[([^,\-\]]+)[^\]]*\]([^,\[]*))?", hosts)
+    return "".join(part or "" for part in match.groups())
+
+
+def start_processes(args) -> Process:
+    """Pick the device and join the other processes: NCCL on GPUs, gloo elsewhere.
+
+    Raises:
+        ConfigError: where the device does not exist.
+    """
+    rank, world, local_rank, local_world, url = read_launcher(args)
+    name = args.device
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        if rank == 0:
+            print("no GPU found: running on the CPU", flush=True)
+        name = "cpu"
+    if name.startswith("cuda"):
+        index = int(name.partition(":")[2] or local_rank) if world == 1 else local_rank
+        if index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                "start as many processes as there are GPUs"
+            )
+        name = f"cuda:{index}"
+        torch.cuda.set_device(index)
+    device = torch.device(name)
+    if world > 1:
+        on_gpu = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method=url,
+            rank=rank,
+            world_size=world,
+            device_id=device if on_gpu else None,
+        )
+    return Process(rank, world, local_rank, local_world, device)
+
+
+def is_main_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def log(message: str) -> None:
+    """Print on the first process only."""
+    if is_main_process():
+        print(message, flush=True)
+
+
+def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def synchronise_buffers(*modules: torch.nn.Module) -> None:
+    """Give every process the first one's buffers.
+
+    Each process averages the BatchNorm statistics of its own images; the first one's are saved, and all must evaluate
+    with those.
+    """
+    if dist.is_initialized():
+        for module in modules:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
+
+def gather(value) -> list:
+    """`value` of every process, in order of rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def make_folder(path: str) -> Path:
+    """Make a folder.
+
+    Raises:
+        ConfigError: it cannot be made, or is not writable.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: the folder cannot be made: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"{path}: the folder is not writable")
+    return Path(path)
+
+
+def set_seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# --------------------------------------------------------------------------------------------------------- logs
+
+
+class RunLog:
+    """Metrics to `log.txt` (one JSON line per epoch), TensorBoard and Weights & Biases, on the first process.
+
+    `log.txt` holds no times, so that equal runs write equal files.
+
+    Args:
+        args: options `output_dir`, `log_dir`, `enable_wandb`, `project`, `wandb_ckpt`.
+        start_epoch: first epoch of this run; lines from it on, of an earlier attempt, are dropped.
+
+    Raises:
+        ConfigError: a logger that was asked for is not installed.
+    """
+
+    def __init__(self, args, start_epoch: int):
+        self.path = Path(args.output_dir) / "log.txt" if args.output_dir and is_main_process() else None
+        self.tensorboard = self.wandb = None
+        self.upload = args.wandb_ckpt
+        if self.path is not None:
+            self._drop_lines_from(start_epoch)
+        if args.log_dir and is_main_process():
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise ConfigError("--log_dir needs tensorboardX: pip install tensorboardX, or leave it out") from None
+            self.tensorboard = SummaryWriter(logdir=args.log_dir)
+        if args.enable_wandb and is_main_process():
+            try:
+                import wandb
+            except ImportError:
+                raise ConfigError("--enable_wandb needs wandb: pip install wandb, or leave it out") from None
+            self.wandb = wandb.init(project=args.project, config=vars(args))
+
+    def _drop_lines_from(self, epoch: int) -> None:
+        if not self.path.is_file():
+            return
+        lines = self.path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if _epoch_of(line) in range(epoch)]
+        if len(kept) == len(lines):
+            return
+        # a log that starts again is a new one; the old one stays beside it
+        if not kept:
+            shutil.copy2(self.path, self.path.with_name(f"log-{time.strftime('%Y%m%d-%H%M%S')}.txt"))
+        temporary = self.path.with_name(f".log.{os.getpid()}.tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self.path)
+
+    def step(self, step: int, metrics: dict) -> None:
+        """Metrics during an epoch, by number of update."""
+        if self.tensorboard is not None:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=step)
+
+    def epoch(self, step: int, metrics: dict) -> None:
+        """Metrics of a whole epoch."""
+        self.step(step, {f"epoch/{name}": value for name, value in metrics.items() if value is not None})
+        if self.path is None:
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            print(f"warning: {self.path} was not written ({error.strerror})", file=sys.stderr, flush=True)
+
+    def checkpoint(self, path: Path) -> None:
+        if self.wandb is not None and self.upload:
+            self.wandb.save(str(path))
+
+    def close(self) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _epoch_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError):
+        return -1
+
+
+class Progress:
+    """Prints the progress of an epoch: one changing line with a bar on a terminal, plain lines elsewhere.
+
+    Args:
+        title: what is running.
+        total: number of steps.
+        images: images per step over all processes, for the speed.
+    """
+
+    def __init__(self, title: str, total: int, images: int, device: torch.device):
+        self.title, self.total, self.images, self.device = title, total, images, device
+        self.start = time.perf_counter()
+        self.on_terminal = sys.stdout.isatty()
+
+    def update(self, done: int, text: str) -> None:
+        """Show that `done` steps are behind us; `text` holds the metrics."""
+        if not is_main_process():
+            return
+        elapsed = time.perf_counter() - self.start
+        left = int(elapsed / done * (self.total - done))
+        eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        line = f"{text}  {done * self.images / elapsed:.0f} images/s  eta {eta}{self._memory()}"
+        if self.on_terminal:
+            filled = 20 * done // self.total
+            bar = "#" * filled + "-" * (20 - filled)
+            end = "\n" if done == self.total else ""
+            print(f"\r\033[K{self.title} [{bar}] {done}/{self.total}  {line}", end=end, flush=True)
+        else:
+            print(f"{self.title} {done}/{self.total}  {line}", flush=True)
+
+    def _memory(self) -> str:
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**20
+        else:
+            # Linux counts in KiB
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        return f"  memory {peak:.0f} MiB"
+
+
+def plot_curves(log_path: Path, image_path: Path) -> None:
+    """Draw the losses and accuracies of a `log.txt` as a PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in log_path.read_text().splitlines() if line.strip()]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = {"loss": ("train_loss", "test_loss"), "top-1 accuracy (%)": ("train_acc1", "test_acc1", "test_acc1_ema")}
+    for axes, (label, names) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for name in names:
+            points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points), label=name, marker="." if len(points) < 50 else None)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(image_path, dpi=120)
