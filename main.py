@@ -103,9 +103,8 @@ def run(args, given: dict) -> None:
     if args.finetune:
         checkpoints.finetune(model, args)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    log(
-        f"{args.model}: {parameters / 1e6:.2f} M parameters, {loaders.nb_classes} classes, on {process.world} x {device}"
-    )
+    size = f"{parameters / 1e6:.2f} M parameters, {loaders.nb_classes} classes"
+    log(f"{args.model}: {size}, on {process.world} x {device}")
 
     # evaluate
     checkpoint, path = checkpoints.find(args, output)
