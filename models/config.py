@@ -221,7 +221,7 @@ OPTIONS: dict[str, Option] = {
             "IMNET",
             "data set",
             choices=("IMNET", "image_folder", "CIFAR", "CIFAR10", "CIFAR100", "digits"),
-            pattern=r"\w+/.*",
+            pattern=r"(wds|hfds|hfids|tfds|folder)/.*",
             hint="a timm reader string such as wds/NAME or hfds/NAME",
         ),
         data_path=Option(str, "", "folder of the data; IMNET: with train/ and val/ inside"),

@@ -1,0 +1,105 @@
+"""What several tests of the training loop share: made images, and ways to start main.py."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+KW = {"cell_num_ratio": 1, "cell_inplane_ratio": 1, "cell_outplane_ratio": 1, "reduction": 0.0625}
+EXIF_ORIENTATION = 0x0112
+
+
+def make_image_folder(root, train=13, val=11, classes=("ant", "bee", "cat")):
+    """ImageNet's layout with JPEGs of many sizes and kinds. The class is the third of the picture that is bright.
+
+    train, val: images in all, divided among the classes in turn.
+    """
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            label = index % len(classes)
+            height, width = rng.integers(36, 90, 2)
+            pixels = rng.integers(0, 80, (height, width, 3), dtype=np.uint8)
+            third = slice(label * width // len(classes), (label + 1) * width // len(classes))
+            pixels[:, third] += 150
+            image = Image.fromarray(pixels)
+            path = root / split / classes[label] / f"{index}.JPEG"
+            kind = index // len(classes) % 4
+            if kind == 1:
+                image.convert("L").save(path)
+            elif kind == 2:
+                image.convert("CMYK").save(path)
+            elif kind == 3:
+                # stored on its side, with the note that turns it upright
+                exif = Image.Exif()
+                exif[EXIF_ORIENTATION] = 6
+                image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+            else:
+                image.save(path)
+    return root
+
+
+def words(**options):
+    """Options as words of a command line."""
+    result = []
+    for name, value in options.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        result += [
+            f"--{name}",
+            *("none" if v is None else str(v).lower() if v is True or v is False else str(v) for v in values),
+        ]
+    return result
+
+
+def quick(**options):
+    """A run of seconds: the digits, a model of 0.4 M parameters, light augmentation."""
+    defaults = {
+        "model": "test_resnet", "data_set": "digits", "input_size": 16, "batch_size": 64, "epochs": 2, "lr": 0.002,
+        "warmup_epochs": 0, "mixup": 0, "cutmix": 0, "num_workers": 0, "seed": 1, "device": "cpu",
+    }  # fmt: skip
+    return words(**{**defaults, **options})
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def launch(arguments, launcher="single", processes=1, timeout=180, env=None):
+    """Start main.py as a user does; returns the completed process with its text.
+
+    launcher: single, launch (torch.distributed.launch) or torchrun.
+    """
+    starters = {
+        "single": [],
+        "launch": ["-m", "torch.distributed.launch"],
+        "torchrun": ["-m", "torch.distributed.run"],
+    }
+    starter = starters[launcher]
+    if starter:
+        starter = [*starter, f"--nproc_per_node={processes}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **(env or {})}
+    command = [sys.executable, *starter, str(ROOT / "main.py"), *arguments]
+    # the processes form a group of their own, so that none outlives a test that runs out of time
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -1,0 +1,222 @@
+"""Data sets, transforms and samplers, against torchvision, scikit-learn and closed forms."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from helpers import EXIF_ORIENTATION, make_image_folder
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+import datasets
+from datasets import EvalSampler, SeededData, TrainSampler, UnreadableImage, make_data, make_transform, read_image
+from models.config import OPTIONS, ConfigError
+from utils import Process
+
+
+def options(**changes):
+    return argparse.Namespace(**{**{name: option.default for name, option in OPTIONS.items()}, **changes})
+
+
+def process(rank=0, world=1):
+    return Process(rank, world, rank, world, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("size", [1, 5, 10, 1001])
+def test_evaluation_takes_every_image_once(size, world):
+    shares = [list(EvalSampler(size, rank, world)) for rank in range(world)]
+    assert sorted(index for share in shares for index in share) == list(range(size))
+    assert [len(share) for share in shares] == [len(EvalSampler(size, rank, world)) for rank in range(world)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_training_takes_the_same_permutation_in_all_processes(world):
+    samplers = [TrainSampler(20, rank, world, seed=5) for rank in range(world)]
+    epochs = []
+    for epoch in range(2):
+        for sampler in samplers:
+            sampler.epoch = epoch
+        shares = [[index for _, index in sampler] for sampler in samplers]
+        assert {len(share) for share in shares} == {20 // world} == {len(sampler) for sampler in samplers}
+        # interleaved, the shares are the order of a single process
+        merged = [index for batch in zip(*shares) for index in batch]
+        alone = TrainSampler(20, 0, 1, seed=5)
+        alone.epoch = epoch
+        assert merged == [index for _, index in alone][: len(merged)] and len(set(merged)) == len(merged)
+        epochs.append(merged)
+    assert epochs[0] != epochs[1]
+    assert [index for _, index in TrainSampler(20, 0, 1, seed=6)] != [
+        index for _, index in TrainSampler(20, 0, 1, seed=5)
+    ]
+
+
+def test_digits_are_those_of_scikit_learn():
+    images, labels = load_digits(return_X_y=True)
+    args = options(data_set="digits", input_size=8, imagenet_default_mean_and_std=False)
+    train, test = make_data(args, True), make_data(args, False)
+    assert (len(train), len(test)) == (1437, 360)
+    assert np.bincount(test.labels).min() >= 34
+    # every scan is in one of the two, and none in both
+    stored = np.concatenate([train.images, test.images]).reshape(-1, 64).astype(int)
+    expected = (images * 255 / 16).round().astype(int)
+    assert sorted(map(bytes, stored.astype(np.uint8))) == sorted(map(bytes, expected.astype(np.uint8)))
+    # at 8 x 8 the evaluation only normalises
+    image, label = test[0]
+    assert image.shape == (3, 8, 8) and label == test.labels[0]
+    np.testing.assert_allclose((image[0].numpy() * 0.5 + 0.5) * 255, test.images[0], atol=1e-4)
+
+
+def test_digits_split_is_fixed():
+    args = options(data_set="digits", input_size=8)
+    first, second = make_data(args, False), make_data(options(data_set="digits", input_size=8, seed=9), False)
+    assert (first.images == second.images).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_depends_on_seed_epoch_and_index_alone(workers):
+    args = options(data_set="digits", input_size=16)
+    data = SeededData(make_data(args, True), seed=3)
+    positions = [(0, 5), (1, 5), (0, 6)]
+    expected = [data[position][0] for position in positions]
+    assert not torch.equal(expected[0], expected[1])
+    torch.manual_seed(workers)
+    before = torch.get_rng_state()
+    loader = DataLoader(data, sampler=positions[::-1], num_workers=workers, generator=torch.Generator())
+    loaded = [image[0] for image, _ in loader]
+    assert all(torch.equal(a, b) for a, b in zip(loaded[::-1], expected))
+    # drop path and dropout draw from the same generator, and must not notice the loading
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_traditional_preprocessing_is_torchvision_s(tmp_path):
+    args = options(traditional_preprocess=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8))
+    normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    evaluation = transforms.Compose(
+        [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), normalise]
+    )
+    assert torch.equal(make_transform(args, False)(image), evaluation(image))
+    training = transforms.Compose(
+        [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise]
+    )
+    torch.manual_seed(0)
+    expected = training(image)
+    torch.manual_seed(0)
+    assert torch.equal(make_transform(args, True)(image), expected)
+
+
+@pytest.mark.parametrize(
+    "size, crop_pct, resized", [(224, None, 256), (160, None, 182), (224, 0.95, 235), (32, None, 36), (384, None, None)]
+)
+def test_advanced_evaluation_sizes(size, crop_pct, resized):
+    steps = make_transform(options(input_size=size, crop_pct=crop_pct), False).transforms
+    assert steps[0].interpolation == transforms.InterpolationMode.BICUBIC
+    if resized is None:
+        assert tuple(steps[0].size) == (size, size) and not any(isinstance(s, transforms.CenterCrop) for s in steps)
+    else:
+        assert steps[0].size == resized and steps[1].size == (size, size)
+
+
+def test_advanced_training_has_every_part():
+    names = [type(step).__name__ for step in make_transform(options(), True).transforms]
+    assert names == [
+        "RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "MaybeToTensor", "Normalize",
+        "RandomErasing",
+    ]  # fmt: skip
+    names = [type(step).__name__ for step in make_transform(options(aa=None, reprob=0.0), True).transforms]
+    assert "ColorJitter" in names and "RandAugment" not in names and "RandomErasing" not in names
+
+
+def test_bad_augmentation_policy_is_refused():
+    with pytest.raises(ConfigError, match="rand-q9"):
+        make_transform(options(aa="rand-q9"), True)
+
+
+def test_image_modes_and_rotation(tmp_path):
+    """Every kind of image becomes the same upright RGB picture."""
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[:, :10] = 200
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    image.save(tmp_path / "rgb.png")
+    image.convert("L").save(tmp_path / "grey.png")
+    image.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png", transparency=0)
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", quality=100, exif=exif)
+    Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    for path in sorted(tmp_path.iterdir()):
+        read = read_image(str(path), path.name)
+        assert read.mode == "RGB" and read.size == (30, 20), path.name
+        assert np.abs(np.asarray(read).astype(int) - pixels).max() <= 12, path.name
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "html", "missing"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_is_named(tmp_path, damage, workers):
+    root = make_image_folder(tmp_path, train=6, val=3)
+    bad = root / "val" / "bee" / "1.JPEG"
+    content = bad.read_bytes()
+    data = make_data(options(data_path=str(root), input_size=32), False)
+    bad.unlink()
+    if damage != "missing":
+        bad.write_bytes({"half": content[: len(content) // 2], "empty": b"", "html": b"<html></html>"}[damage])
+    with pytest.raises(UnreadableImage) as caught:
+        list(DataLoader(data, num_workers=workers))
+    message = str(caught.value)
+    assert message.startswith(str(bad)) and "\n" not in message
+
+
+def test_folder_errors_name_the_folder(tmp_path):
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(ConfigError, match=str(path)):
+            make_data(options(data_path=str(path)), True)
+    root = make_image_folder(tmp_path / "data", train=6, val=3)
+    (root / "val" / "cat").rename(root / "val" / "dog")
+    args = options(data_path=str(root), input_size=32, batch_size=2, num_workers=0)
+    with pytest.raises(ConfigError, match="cat, dog"):
+        datasets.make_loaders(args, {}, process())
+
+
+def test_classes_come_from_the_data(tmp_path):
+    root = make_image_folder(tmp_path, train=6, val=3)
+    args = options(data_path=str(root), input_size=32, batch_size=2, num_workers=0)
+    assert datasets.make_loaders(args, {}, process()).nb_classes == 3
+    with pytest.raises(ConfigError, match=r"1000.*3 classes"):
+        datasets.make_loaders(args, {"nb_classes": 1000}, process())
+    with pytest.raises(ConfigError, match="too few"):
+        datasets.make_loaders(options(data_path=str(root), input_size=32, batch_size=4), {}, process(0, 2))
+
+
+def test_image_folder_data_set(tmp_path):
+    root = make_image_folder(tmp_path, train=6, val=5)
+    names = {"data_set": "image_folder", "data_path": str(root / "train"), "eval_data_path": str(root / "val")}
+    args = options(**names, input_size=32, batch_size=2, num_workers=0)
+    loaders = datasets.make_loaders(args, {}, process())
+    assert (len(loaders.train.dataset), len(loaders.evaluation.dataset), loaders.nb_classes) == (6, 5, 3)
+    with pytest.raises(ConfigError, match="eval_data_path"):
+        datasets.make_loaders(options(data_set="image_folder", data_path=str(root / "train")), {}, process())
+
+
+@pytest.mark.parametrize("name, classes", [("CIFAR", 100), ("CIFAR100", 100), ("CIFAR10", 10)])
+def test_cifar_says_where_to_get_it(tmp_path, name, classes):
+    with pytest.raises(ConfigError, match=rf"no CIFAR{classes} here.*https://"):
+        make_data(options(data_set=name, data_path=str(tmp_path), input_size=32), True)
+
+
+def test_timm_reader_string(tmp_path):
+    """A folder through timm's own reader gives the images of the plain folder."""
+    root = make_image_folder(tmp_path, train=6, val=5)
+    common = {"data_path": str(root), "input_size": 32, "batch_size": 2, "num_workers": 0}
+    plain = make_data(options(**common), False)
+    read = make_data(options(**common, data_set="folder/"), False)
+    key = lambda sample: (sample[1], sample[0].sum().item())  # noqa: E731
+    assert sorted(map(key, map(plain.__getitem__, range(5)))) == sorted(map(key, map(read.__getitem__, range(5))))
+    assert read.classes == plain.classes
+    with pytest.raises(ConfigError, match="hfds/nosuch"):
+        make_data(options(**common, data_set="hfds/nosuch"), False)
