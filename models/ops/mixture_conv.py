@@ -1,1 +1,160 @@
-from .naive import mixture_conv_naive as mixture_conv  # noqa: F401
+"""The mixture convolution as a registered operator, with the order of evaluation chosen per call."""
+
+import contextlib
+import math
+
+import torch
+
+from .cost import cheapest
+from .geometry import geometry, output_size
+from .orders import ORDERS, is_channels_last
+
+_forced = None
+
+
+def available_orders(geo):
+    """The orders that can evaluate a call."""
+    return [name for name in ORDERS if name == "grouped" or geo.foldable]
+
+
+@contextlib.contextmanager
+def forced_order(order):
+    """Within it every mixture convolution uses this order where it can; None lets the cost decide.  For tests."""
+    global _forced
+    before, _forced = _forced, order
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, dilation=1, groups=1, *, order=None):
+    """Convolve every sample with its own kernel, mixed from shared cells (KernelWarehouse, equations 2 and 3).
+
+    x: [B, C, *S] with one to three spatial dimensions; alpha: [B, m, n]; cells: [n, co, ci, *k], where k is all ones
+    or the kernel size; bias: [O] or None.  A kernel [O, C / groups, *kernel_size] is cut into
+    m = T * Go * Gi cells (positions, output blocks, input blocks, in this order).
+    order: "grouped", "batched" or "mixed" to force one; they agree up to rounding, and the cheapest is the default.
+    Returns [B, O, *S'], channels innermost where those of x are.  Under autocast in its data type, else in x's.
+    Raises ValueError for shapes that do not fit and for an order that cannot evaluate them.
+    """
+    dims = x.ndim - 2
+    kernel_size, stride, padding, dilation = (
+        [v] * dims if isinstance(v, int) else list(v) for v in (kernel_size, stride, padding, dilation)
+    )
+    _check(x, alpha, cells, kernel_size, groups)
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if dtype != torch.float64 and x.dtype == torch.float64:
+        dtype = x.dtype
+    x, alpha, cells = x.to(dtype), alpha.to(dtype), cells.to(dtype)
+    y = torch.ops.kernelwarehouse.mixture_conv(
+        x, alpha, cells, kernel_size, stride, padding, dilation, groups, order or _forced or "auto", order is not None
+    )
+    return y if bias is None else y + bias.to(dtype).view(-1, *[1] * dims)
+
+
+def _check(x, alpha, cells, kernel_size, groups):
+    """Cheap checks of what would otherwise be wrong silently."""
+    n, c_out, c_in, *window = cells.shape
+    if len(window) != x.ndim - 2 or len(kernel_size) != x.ndim - 2:
+        raise ValueError(f"x {list(x.shape)}, cells {list(cells.shape)} and kernel_size {kernel_size} differ in rank")
+    if math.prod(window) != 1 and window != list(kernel_size):
+        raise ValueError(f"cells {list(cells.shape)} must be 1 or {kernel_size} wide, like the kernel")
+    channels, taps = x.shape[1], math.prod(kernel_size) // math.prod(window)
+    if channels % (groups * c_in) or alpha.ndim != 3 or alpha.shape[2] != n:
+        raise ValueError(
+            f"alpha {list(alpha.shape)} and cells {list(cells.shape)} do not fit x {list(x.shape)} in {groups} groups"
+        )
+    if alpha.shape[1] % (taps * (channels // groups // c_in)) or alpha.shape[1] * c_out // taps % groups:
+        raise ValueError(
+            f"{alpha.shape[1]} mixtures of cells {list(cells.shape)} do not make a kernel of size {kernel_size} for "
+            f"{channels} channels in {groups} groups"
+        )
+
+
+def _geometry_and_order(x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, strict):
+    geo = geometry(x.shape, alpha.shape, cells.shape, kernel_size, stride, padding, dilation, groups)
+    available = available_orders(geo)
+    if order not in ("auto", *available):
+        if strict or order not in ORDERS:
+            raise ValueError(f"order '{order}' cannot evaluate this call; available: {', '.join(available)}")
+        order = "auto"
+    return geo, cheapest(geo, available, x) if order == "auto" else order
+
+
+def _in_layout(y, last):
+    return y.movedim(1, -1).contiguous().movedim(-1, 1) if last else y.contiguous()
+
+
+@torch.library.custom_op("kernelwarehouse::mixture_conv", mutates_args=())
+def _mixture_conv(
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    cells: torch.Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    order: str,
+    strict: bool,
+) -> torch.Tensor:
+    geo, order = _geometry_and_order(x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, strict)
+    if x.shape[0] == 0:
+        return x.new_empty(0, geo.c_out, *geo.out)
+    return _in_layout(ORDERS[order][0](x, alpha, cells, geo), is_channels_last(x))
+
+
+@_mixture_conv.register_fake
+def _(x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, strict):
+    taps = math.prod(kernel_size) // math.prod(cells.shape[3:])
+    c_out = alpha.shape[1] // (taps * (x.shape[1] // groups // cells.shape[2])) * cells.shape[1]
+    out = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    if is_channels_last(x):
+        return x.new_empty(x.shape[0], *out, c_out).movedim(-1, 1)
+    return x.new_empty(x.shape[0], c_out, *out)
+
+
+@torch.library.custom_op("kernelwarehouse::mixture_conv_backward", mutates_args=())
+def _mixture_conv_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    cells: torch.Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    order: str,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    geo, order = _geometry_and_order(x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, False)
+    if x.shape[0] == 0:
+        return [torch.zeros_like(t) for t, need in zip((x, alpha, cells), needs, strict=True) if need]
+    grads = ORDERS[order][1](dy, x, alpha, cells, geo, needs)
+    result = []
+    for grad, like in zip(grads, (x, alpha, cells), strict=True):
+        if grad is not None:
+            out = torch.empty_like(like)
+            result.append(grad if grad.stride() == out.stride() and grad.dtype == out.dtype else out.copy_(grad))
+    return result
+
+
+@_mixture_conv_backward.register_fake
+def _(dy, x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, needs):
+    return [torch.empty_like(t) for t, need in zip((x, alpha, cells), needs, strict=True) if need]
+
+
+def _setup_context(ctx, inputs, output):
+    x, alpha, cells, *ctx.arguments, _ = inputs
+    ctx.save_for_backward(x, alpha, cells)
+
+
+def _backward(ctx, dy):
+    needs = list(ctx.needs_input_grad[:3])
+    grads = iter(torch.ops.kernelwarehouse.mixture_conv_backward(dy, *ctx.saved_tensors, *ctx.arguments, needs))
+    return (*(next(grads) if need else None for need in needs), *[None] * 7)
+
+
+_mixture_conv.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,61 @@
+"""Which order evaluates a call soonest: a sum of arithmetic, traffic and calls per order.
+
+The unit is the microsecond.  Only ratios matter, and the forward and the backward pass scale alike.
+"""
+
+from dataclasses import dataclass
+
+from .geometry import Geometry, patches_are_copies
+
+MB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Device:
+    """Costs of a kind of device, in microseconds."""
+
+    gflop: float  # of matrix products and convolutions, per 1e9 multiply-adds
+    kernel_mb: float  # to write and read assembled kernels
+    cached_mb: float  # to permute and reorder kernels for a convolution while they fit the last cache
+    reorder_mb: float  # and beyond it
+    cache_mb: float  # size of that cache
+    patch_mb: float  # to gather patches
+    mixed_mb: float  # to write, permute and read mixed inputs
+    call: float  # of one library call
+
+
+# cpu: fitted to `python scripts/benchmark.py --layers` with 2 threads, float32, on an x86-64 server core;
+# cuda: not measured, set from the memory bandwidth and peak rate of a data-centre GPU, where cuDNN's grouped
+# convolution of one sample's kernel each is the slow part
+DEVICES = {
+    "cpu": Device(8700, 300, 250, 1000, 24, 150, 800, 15),
+    "cuda": Device(10, 0.5, 20, 20, 0, 1, 1, 5),
+}
+
+
+def estimate(order, geo: Geometry, item_bytes, device):
+    """Estimated cost of a forward pass in microseconds."""
+    d = DEVICES.get(device, DEVICES["cpu"])
+    groups = geo.groups if geo.foldable else 1
+    batch, g_out, k = geo.batch * groups, geo.g_out // groups, geo.taps * geo.g_in
+    c_out, q, positions = geo.cell[0], geo.q, geo.positions
+    kernels = batch * g_out * c_out * k * q
+    assemble = kernels * geo.n / 1e9 * d.gflop + kernels * item_bytes / MB * d.kernel_mb
+    convolve = kernels * positions / 1e9 * d.gflop
+    if order == "grouped":
+        size = kernels * item_bytes / MB
+        return assemble + convolve + size * (d.cached_mb if size <= d.cache_mb else d.reorder_mb) + 4 * d.call
+    if order == "batched":
+        patches = batch * k * q * positions * item_bytes / MB if patches_are_copies(geo) else 0
+        # every product but the first adds to the output in memory
+        sums = (k - 1) * batch * g_out * c_out * positions * item_bytes / MB
+        return assemble + convolve + patches * d.patch_mb + sums * d.patch_mb / 2 + (k + 3) * d.call
+    mixed = batch * g_out * geo.n * positions * q
+    products = mixed * (k + c_out) / 1e9 * d.gflop
+    return products + mixed * item_bytes / MB * d.mixed_mb + (geo.n + 4) * d.call
+
+
+def cheapest(geo, available, x):
+    """The order of least estimated cost for input x."""
+    device = x.device.type
+    return min(available, key=lambda order: estimate(order, geo, x.element_size(), device))

@@ -1,0 +1,332 @@
+"""The evaluation orders of the mixture convolution, forward and backward, in plain PyTorch.
+
+All compute the same sum over cells, taps and input channels, and none keeps assembled kernels: the backward pass
+assembles them again.  x [B, C, *S], alpha [B, m, n], cells [n, co, ci, *k]; letters as in `geometry.py`.
+"""
+
+import torch
+
+from .geometry import full_alpha, live_alpha, pad, patches, patches_are_copies, unpatches
+
+# assembled kernels and patches are made in pieces of this many bytes, which stay in a CPU's cache and in memory that
+# malloc hands out again; fresh pages cost as much as the arithmetic
+KERNEL_BYTES = 16 << 20
+PATCH_BYTES = 16 << 20
+# output positions up to which products have positions as rows, whatever the layout of the input
+SMALL_MAP = 64
+# numbers of a cell from which on a copy of the warehouse costs more than one product per cell
+LARGE_CELL = 64 * 64
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def is_channels_last(x):
+    """Whether channels are innermost in memory (as in torch.channels_last, in any number of dimensions)."""
+    return x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
+
+
+def empty_like_layout(x, channels, out):
+    """An empty output [B, channels, *out], channels innermost where the input's are."""
+    if is_channels_last(x):
+        return x.new_empty(x.shape[0], *out, channels).movedim(-1, 1)
+    return x.new_empty(x.shape[0], channels, *out)
+
+
+# --- assemble, then a grouped convolution ----------------------------------------------------------------------------
+
+
+def _convolution_args(geo, batch):
+    symmetric = all(left == right and left >= 0 for left, right in geo.pads)
+    padding = [left if symmetric else 0 for left, _ in geo.pads]
+    zeros = [0] * len(geo.kernel)
+    return symmetric, (list(geo.stride), padding, list(geo.dilation), False, zeros, batch * geo.groups)
+
+
+def _assemble_conv(alpha, cells, geo):
+    """Kernels of all samples as one weight [B * O, C, *K]."""
+    flat = alpha.reshape(-1, geo.n) @ cells.reshape(geo.n, -1)
+    shape = (alpha.shape[0], geo.taps, geo.g_out, geo.g_in, *geo.cell)
+    kernels = flat.view(shape).permute(0, 2, 4, 3, 5, 1, *range(6, len(shape)))
+    return kernels.reshape(-1, geo.c_in, *geo.kernel), shape
+
+
+def grouped_forward(x, alpha, cells, geo):
+    """Assemble every sample's kernel; one convolution with a group per sample."""
+    alpha = live_alpha(alpha, geo)
+    symmetric, args = _convolution_args(geo, geo.batch)
+    kernels, _ = _assemble_conv(alpha, cells, geo)
+    source = x if symmetric else pad(x, geo)
+    source = source.reshape(1, -1, *source.shape[2:])
+    y = torch.ops.aten.convolution(source, kernels, None, *args[:5], args[5])
+    return y.view(geo.batch, geo.c_out, *geo.out)
+
+
+def grouped_backward(dy, x, alpha, cells, geo, needs):
+    """Gradients of `grouped_forward`."""
+    live = live_alpha(alpha, geo)
+    symmetric, args = _convolution_args(geo, geo.batch)
+    kernels, shape = _assemble_conv(live, cells, geo)
+    padded = x if symmetric else pad(x, geo)
+    source = padded.reshape(1, -1, *padded.shape[2:])
+    dsource, dkernels, _ = torch.ops.aten.convolution_backward(
+        dy.reshape(1, -1, *geo.out), source, kernels, None, *args, [needs[0], needs[1] or needs[2], False]
+    )
+    dx = dalpha = dcells = None
+    if needs[0]:
+        dx = dsource.view(padded.shape)
+        if not symmetric:
+            dx = pad_adjoint(dx, geo)
+    if needs[1] or needs[2]:
+        dkernels = dkernels.view(geo.batch, geo.g_out, geo.cell[0], geo.g_in, geo.cell[1], geo.taps, *shape[6:])
+        dkernels = dkernels.permute(0, 5, 1, 3, 2, 4, *range(6, len(shape))).reshape(-1, cells[0].numel())
+        if needs[1]:
+            dalpha = full_alpha(dkernels @ cells.reshape(geo.n, -1).t(), geo)
+        if needs[2]:
+            dcells = (live.reshape(-1, geo.n).t() @ dkernels).view(cells.shape)
+    return dx, dalpha, dcells
+
+
+def pad_adjoint(dx, geo):
+    """Drops the gradient of the padding."""
+    crop = [side for left, right in reversed(geo.pads) for side in (-left, -right)]
+    return torch.nn.functional.pad(dx, crop)
+
+
+# --- groups as a larger batch ----------------------------------------------------------------------------------------
+
+
+def _fold(x, geo):
+    """x [B, g * C, *S] -> [B * g, C, *S]."""
+    return x if geo.groups == 1 else x.reshape(-1, geo.c_in, *x.shape[2:])
+
+
+def _fold_alpha(alpha, geo):
+    """[B, T, g * Go, Gi, n] -> [B * g, T, Go, Gi, n]."""
+    if geo.groups == 1:
+        return alpha
+    return alpha.unflatten(2, (geo.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _unfold_alpha(grad, geo):
+    if geo.groups == 1:
+        return grad
+    return grad.unflatten(0, (-1, geo.groups)).transpose(1, 2).flatten(2, 3)
+
+
+def _chunks(batch, item_bytes, limit):
+    step = max(1, min(batch, limit // max(item_bytes, 1)))
+    return [(i, min(i + step, batch)) for i in range(0, batch, step)]
+
+
+# --- assemble, then batched matrix products ---------------------------------------------------------------------------
+
+
+def _pieces(x, alpha, geo):
+    """Ranges of samples whose patches, and of output channels of a cell whose kernels, are made at a time."""
+    width = geo.taps * geo.g_in * geo.q * x.element_size()
+    samples = _chunks(x.shape[0], width * geo.positions if patches_are_copies(geo) else 0, PATCH_BYTES)
+    return samples, _chunks(geo.cell[0], (samples[0][1] - samples[0][0]) * alpha.shape[2] * width, KERNEL_BYTES)
+
+
+def _rows(alpha):
+    """alpha [B, T, Go, Gi, n] -> [(T Gi B Go), n]: the order in which the cells' own layout needs no permutation."""
+    return alpha.permute(1, 3, 0, 2, 4).reshape(-1, alpha.shape[-1])
+
+
+def _position_rows(x, geo):
+    """Whether products have positions as rows and channels as columns: where memory has, and at small maps."""
+    return is_channels_last(x) or geo.positions <= SMALL_MAP
+
+
+def _blocks(y, g_out, c_out):
+    """y [B, Go * co, *P] as [B, Go, co, P], a view."""
+    if is_channels_last(y):
+        return y.movedim(1, -1).view(y.shape[0], -1, g_out, c_out).permute(0, 2, 3, 1)
+    return y.view(y.shape[0], g_out, c_out, -1)
+
+
+def batched_forward(x, alpha, cells, geo):
+    """Assemble kernels in the layout of the cells; one batched product per tap and block of input channels."""
+    x, alpha = _fold(x, geo), _fold_alpha(live_alpha(alpha, geo), geo)
+    g_out, (c_out, q) = alpha.shape[2], (geo.cell[0], geo.q)
+    flat = cells.reshape(geo.n, c_out, q)
+    taps, positions = geo.taps * geo.g_in, geo.positions
+    low, by_rows = x.dtype in LOW_PRECISION, _position_rows(x, geo)
+
+    y = empty_like_layout(x, g_out * c_out, geo.out)
+    blocks = _blocks(y, g_out, c_out)
+    samples, tiles = _pieces(x, alpha, geo)
+    # the product has the output's own layout
+    direct = len(tiles) == 1 and by_rows == is_channels_last(y)
+    for b0, b1 in samples:
+        b = b1 - b0
+        cols = patches(x[b0:b1], geo, "kbpq" if by_rows else "kbqp")
+        rows = _rows(alpha[b0:b1])
+        for t0, t1 in tiles:
+            size = g_out * (t1 - t0)
+            kernels = (rows @ flat[:, t0:t1].reshape(geo.n, -1)).view(taps, b, size, q)
+            if low and taps > 1:
+                # one product, since a sum over products would be rounded once per tap
+                kernels = kernels.permute(1, 2, 0, 3).reshape(1, b, size, taps * q)
+                wide = cols.permute(1, 2, 0, 3) if by_rows else cols.transpose(0, 1)
+                cols_t = wide.reshape(1, b, *((positions, -1) if by_rows else (-1, positions)))
+            else:
+                cols_t = cols
+            pairs = [
+                (column, kernel.transpose(1, 2)) if by_rows else (kernel, column)
+                for column, kernel in zip(cols_t, kernels, strict=True)
+            ]
+            if direct:
+                part = y[b0:b1].flatten(2).transpose(1, 2) if by_rows else y[b0:b1].flatten(2)
+                torch.bmm(*pairs[0], out=part)
+            else:
+                part = torch.bmm(*pairs[0])
+            for pair in pairs[1:]:
+                part.baddbmm_(*pair)
+            if not direct:
+                part = part.transpose(1, 2) if by_rows else part
+                blocks[b0:b1, :, t0:t1] = part.reshape(b, g_out, t1 - t0, positions)
+    return y if geo.groups == 1 else y.reshape(geo.batch, geo.c_out, *geo.out)
+
+
+def batched_backward(dy, x, alpha, cells, geo, needs):
+    """Gradients of `batched_forward`; the kernels are assembled again, a tile at a time."""
+    x_shape, by_rows = x.shape, _position_rows(x, geo)
+    x, alpha = _fold(x, geo), _fold_alpha(live_alpha(alpha, geo), geo)
+    batch, g_out, (c_out, q) = x.shape[0], alpha.shape[2], (geo.cell[0], geo.q)
+    flat = cells.reshape(geo.n, c_out, q)
+    taps, positions = geo.taps * geo.g_in, geo.positions
+    layout = "kbpq" if by_rows else "kbqp"
+    wide = torch.float32 if x.dtype in LOW_PRECISION else x.dtype
+
+    dy = dy.reshape(batch, g_out, c_out, positions)
+    dx = empty_like_layout(x, geo.c_in, x.shape[2:]) if needs[0] else None
+    dalpha = alpha.new_empty(alpha.shape) if needs[1] else None
+    dcells = flat.new_empty(geo.n, c_out * q, dtype=wide) if needs[2] else None
+    samples, tiles = _pieces(x, alpha, geo)
+    for b0, b1 in samples:
+        b = b1 - b0
+        rows = _rows(alpha[b0:b1])
+        if needs[1] or needs[2]:
+            cols = patches(x[b0:b1], geo, layout)
+            if not by_rows:
+                cols = cols.transpose(2, 3)
+        dcols = drows = None
+        for t0, t1 in tiles:
+            size = t1 - t0
+            tile = flat[:, t0:t1].reshape(geo.n, -1)
+            dpart = dy[b0:b1, :, t0:t1].reshape(b, g_out * size, positions)
+            if needs[0]:
+                kernels = (rows @ tile).view(taps, b, g_out * size, q)
+                first = dcols is None
+                if first:
+                    dcols = x.new_empty((taps, b, positions, q) if by_rows else (taps, b, q, positions), dtype=wide)
+                for k in range(taps):
+                    pair = (dpart.transpose(1, 2), kernels[k]) if by_rows else (kernels[k].transpose(1, 2), dpart)
+                    if wide == x.dtype:
+                        dcols[k].baddbmm_(*pair, beta=0 if first else 1)
+                    elif first:
+                        dcols[k] = torch.bmm(*pair)
+                    else:
+                        dcols[k] += torch.bmm(*pair)
+            if needs[1] or needs[2]:
+                dkernels = x.new_empty(taps, b, g_out * size, q)
+                for k in range(taps):
+                    torch.bmm(dpart, cols[k], out=dkernels[k])
+                dkernels = dkernels.view(-1, size * q)
+            if needs[1]:
+                part = dkernels @ tile.t()
+                drows = part.to(wide) if drows is None else drows.add_(part)
+            if needs[2]:
+                target = dcells[:, t0 * q : t1 * q]
+                if wide == x.dtype:
+                    target.addmm_(rows.t(), dkernels, beta=0 if b0 == 0 else 1)
+                elif b0 == 0:
+                    target.copy_(rows.t() @ dkernels)
+                else:
+                    target += rows.t() @ dkernels
+        if needs[0]:
+            dx[b0:b1] = unpatches(dcols, geo, layout, (b, *x.shape[1:]))
+        if needs[1]:
+            dalpha[b0:b1] = drows.view(geo.taps, geo.g_in, b, g_out, geo.n).permute(2, 0, 3, 1, 4)
+    if needs[0]:
+        dx = dx.reshape(x_shape)
+    if needs[1]:
+        dalpha = full_alpha(_unfold_alpha(dalpha, geo), geo)
+    if needs[2]:
+        dcells = dcells.view(cells.shape).to(cells.dtype)
+    return dx, dalpha, dcells
+
+
+# --- mix the inputs first ---------------------------------------------------------------------------------------------
+
+
+def _mixed_inputs(x, alpha, geo):
+    """Patches [b, k, (p q)] and, for every cell, the patches that it multiplies: z [n, (b Go p), q]."""
+    batch, g_out = x.shape[0], alpha.shape[2]
+    cols = patches(x, geo, "bkpq").flatten(2)
+    weights = alpha.permute(0, 2, 4, 1, 3).reshape(batch, g_out * geo.n, -1)  # [b, (Go n), (T Gi)]
+    z = torch.bmm(weights, cols).view(batch, g_out, geo.n, geo.positions, geo.q)
+    return cols, weights, z.permute(2, 0, 1, 3, 4).reshape(geo.n, -1, geo.q)
+
+
+def _one_product(cells, geo):
+    return geo.cell[0] * geo.q < LARGE_CELL or cells.dtype in LOW_PRECISION
+
+
+def mixed_forward(x, alpha, cells, geo):
+    """Mix the patches of every sample first, then multiply by the cells once for the whole batch."""
+    x, alpha = _fold(x, geo), _fold_alpha(live_alpha(alpha, geo), geo)
+    c_out = geo.cell[0]
+    flat = cells.reshape(geo.n, c_out, geo.q)
+    _, _, z = _mixed_inputs(x, alpha, geo)
+    if _one_product(cells, geo):
+        y = z.transpose(0, 1).reshape(z.shape[1], -1) @ flat.transpose(1, 2).reshape(-1, c_out)
+    else:
+        y = z[0] @ flat[0].t()
+        for j in range(1, geo.n):
+            y.addmm_(z[j], flat[j].t())
+    y = y.view(x.shape[0], alpha.shape[2], geo.positions, c_out)
+    out = empty_like_layout(x, alpha.shape[2] * c_out, geo.out)
+    _blocks(out, alpha.shape[2], c_out).copy_(y.transpose(2, 3))
+    return out if geo.groups == 1 else out.reshape(geo.batch, geo.c_out, *geo.out)
+
+
+def mixed_backward(dy, x, alpha, cells, geo, needs):
+    """Gradients of `mixed_forward`; the mixed inputs are computed again."""
+    x_shape = x.shape
+    x, alpha = _fold(x, geo), _fold_alpha(live_alpha(alpha, geo), geo)
+    batch, g_out, c_out = x.shape[0], alpha.shape[2], geo.cell[0]
+    flat = cells.reshape(geo.n, c_out, geo.q)
+    cols, weights, z = _mixed_inputs(x, alpha, geo)
+    dy = dy.reshape(batch, g_out, c_out, geo.positions).transpose(2, 3).reshape(-1, c_out)
+    one = _one_product(cells, geo)
+    dx = dalpha = dcells = None
+    if needs[2]:
+        if one:
+            dcells = (dy.t() @ z.transpose(0, 1).reshape(z.shape[1], -1)).view(c_out, geo.n, geo.q).transpose(0, 1)
+        else:
+            dcells = torch.stack([dy.t() @ z[j] for j in range(geo.n)])
+        dcells = dcells.reshape(cells.shape)
+    if needs[0] or needs[1]:
+        if one:
+            dz = (dy @ flat.transpose(0, 1).reshape(c_out, -1)).view(-1, geo.n, geo.q)
+            dz = dz.view(batch, g_out, geo.positions, geo.n, geo.q).permute(0, 1, 3, 2, 4)
+        else:
+            for j in range(geo.n):
+                torch.mm(dy, flat[j], out=z[j])
+            dz = z.view(geo.n, batch, g_out, geo.positions, geo.q).permute(1, 2, 0, 3, 4)
+        dz = dz.reshape(batch, g_out * geo.n, -1)
+        if needs[0]:
+            dcols = torch.bmm(weights.transpose(1, 2), dz)
+            dx = unpatches(dcols, geo, "bkpq", x.shape).reshape(x_shape)
+        if needs[1]:
+            dalpha = torch.bmm(dz, cols.transpose(1, 2)).view(batch, g_out, geo.n, geo.taps, geo.g_in)
+            dalpha = full_alpha(_unfold_alpha(dalpha.permute(0, 3, 1, 4, 2), geo), geo)
+    return dx, dalpha, dcells
+
+
+ORDERS = {
+    "grouped": (grouped_forward, grouped_backward),
+    "batched": (batched_forward, batched_backward),
+    "mixed": (mixed_forward, mixed_backward),
+}
