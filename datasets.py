@@ -5,8 +5,10 @@ number of loader processes, and a resumed run the same as an unbroken one.
 """
 
 import contextlib
+import importlib
 import os
 import random
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,21 +23,13 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import InterpolationMode
 
 from models.config import ConfigError
-from utils import log
+from utils import UnreadableImage, log
 
 # half an image is no image, and a picture of more than 179 million pixels an attack
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 DIGITS_TEST_IMAGES = 360
-
-
-class UnreadableImage(RuntimeError):
-    """An image that cannot be decoded; the message names its file."""
-
-    def __init__(self, message: str):
-        # a loader process hands the message on with its traceback before it
-        super().__init__(message.rsplit("UnreadableImage: ", 1)[-1].strip())
 
 
 def read_image(source, name: str) -> Image.Image:
@@ -281,6 +275,8 @@ def make_data(args, is_train: bool) -> Dataset:
 def _reader_data(args, is_train: bool, transform) -> Dataset:
     split = "train" if is_train else "validation"
     try:
+        if args.data_set.startswith(("hfds/", "hfids/")):
+            _find_hugging_face_datasets()
         data = create_dataset(
             args.data_set,
             root=args.data_path,
@@ -289,6 +285,8 @@ def _reader_data(args, is_train: bool, transform) -> Dataset:
             batch_size=args.batch_size,
             seed=args.seed,
         )
+    except ConfigError:
+        raise
     except (ImportError, AssertionError, ValueError, RuntimeError, OSError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"--data_set {args.data_set}, {split} split of {args.data_path}: {reason}") from None
@@ -296,6 +294,23 @@ def _reader_data(args, is_train: bool, transform) -> Dataset:
         data.transform = transform
         return data
     return ReaderData(data.reader, transform)
+
+
+def _find_hugging_face_datasets() -> None:
+    """Make `import datasets` find Hugging Face's package, which timm needs, in place of this file of the same name."""
+    own, paths = sys.modules.get("datasets"), sys.path
+    if hasattr(own, "load_dataset"):
+        return
+    here = Path(__file__).resolve().parent
+    sys.modules.pop("datasets", None)
+    sys.path = [path for path in paths if Path(path or ".").resolve() != here]
+    try:
+        importlib.import_module("datasets")
+    except ImportError:
+        sys.modules["datasets"] = own
+        raise ConfigError("hfds/ and hfids/ need Hugging Face's package: pip install datasets") from None
+    finally:
+        sys.path = paths
 
 
 @dataclass

@@ -25,8 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     # from here on torch is loaded, which takes seconds
     import torch.distributed as dist
 
-    from datasets import UnreadableImage
     from engine import NonFiniteLoss
+    from utils import UnreadableImage
 
     try:
         run(args, given)

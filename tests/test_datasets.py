@@ -218,5 +218,5 @@ def test_timm_reader_string(tmp_path):
     key = lambda sample: (sample[1], sample[0].sum().item())  # noqa: E731
     assert sorted(map(key, map(plain.__getitem__, range(5)))) == sorted(map(key, map(read.__getitem__, range(5))))
     assert read.classes == plain.classes
-    with pytest.raises(ConfigError, match="hfds/nosuch"):
-        make_data(options(**common, data_set="hfds/nosuch"), False)
+    with pytest.raises(ConfigError, match="wds/nosuch"):
+        make_data(options(**common, data_set="wds/nosuch"), False)

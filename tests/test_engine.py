@@ -1,0 +1,181 @@
+"""The training step and the evaluation, against loops written out here."""
+
+import argparse
+
+import pytest
+import torch
+from helpers import KW
+from timm.utils import ModelEmaV3
+from torch.utils.data import DataLoader, TensorDataset
+
+from engine import NonFiniteLoss, amp_dtype, evaluate, temperature_at, train_one_epoch
+from models import build_model, get_temperature, set_temperature
+from models.config import OPTIONS
+from optim_factory import Schedule, create_optimizer
+from utils import Process
+
+CPU = torch.device("cpu")
+CLASSES = 3
+
+
+def options(**changes):
+    quiet = {"log_interval": 1000, "epochs": 1, "warmup_epochs": 0, "min_lr": 0.0, "temp_epoch": 1}
+    return argparse.Namespace(**{**{name: option.default for name, option in OPTIONS.items()}, **quiet, **changes})
+
+
+def images(count=64, size=32):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % CLASSES
+    return torch.randn(count, 3, size, size, generator=generator) + labels[:, None, None, None], labels
+
+
+def small_model(name, seed=0):
+    torch.manual_seed(seed)
+    return build_model({"model": name, **(KW if name.startswith("kw") else {})}, num_classes=CLASSES)
+
+
+def train(model, args, data=None, ema=None):
+    loader = DataLoader(TensorDataset(*(data or images())), batch_size=args.batch_size, drop_last=True)
+    schedule = Schedule(args, len(loader) // args.update_freq)
+    return train_one_epoch(
+        model, loader, create_optimizer(args, model), schedule, torch.nn.CrossEntropyLoss(), args=args, epoch=0,
+        process=Process(0, 1, 0, 1, CPU), scaler=torch.amp.GradScaler("cpu", enabled=False), ema=ema,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["test_convnext", "kw_test_convnext"])
+def test_accumulation_equals_the_large_batch(name, opt):
+    """Batch 8 in 4 steps is batch 32 in one. These models have no BatchNorm, which sees batches."""
+    results = []
+    for batch_size, update_freq in ((32, 1), (8, 4)):
+        model = small_model(name)
+        start = torch.nn.utils.parameters_to_vector(model.parameters()).clone()
+        args = options(opt=opt, lr=0.01, batch_size=batch_size, update_freq=update_freq, clip_grad=1.0)
+        metrics = train(model, args)
+        moved = torch.nn.utils.parameters_to_vector(model.parameters()) - start
+        results.append((moved.detach(), metrics))
+    (once, first), (accumulated, second) = results
+    # Adam divides by the gradient's own size, so rounding shows where a gradient is nearly 0; observed 3e-5 and 1e-6
+    relative = (once - accumulated).norm() / once.norm()
+    assert once.norm() > 0 and relative < (1e-3 if opt == "adamw" else 1e-5)
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
+
+
+def test_incomplete_update_is_dropped():
+    """40 images are 5 batches of 8: one update of 4 batches, and one batch too few for another."""
+    data = tuple(tensor[:40] for tensor in images())
+    whole, cut = small_model("test_convnext"), small_model("test_convnext")
+    args = options(opt="sgd", lr=0.01, batch_size=8, update_freq=4)
+    train(whole, args, data)
+    train(cut, args, tuple(tensor[:32] for tensor in data))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters()))
+
+
+@pytest.mark.parametrize("use_amp", [False, True])
+@pytest.mark.parametrize("clip_grad", [None, 0.1])
+def test_step_is_the_written_out_one(use_amp, clip_grad):
+    """Clipping works with and without mixed precision."""
+    data = images(32)
+    ours, plain = small_model("test_convnext"), small_model("test_convnext")
+    metrics = train(
+        ours, options(opt="sgd", lr=0.1, batch_size=16, use_amp=use_amp, clip_grad=clip_grad, weight_decay=0.0), data
+    )
+
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    plain.train()
+    for step in range(2):
+        chosen = slice(16 * step, 16 * step + 16)
+        optimizer.param_groups[0]["lr"] = 0.1 if step == 0 else 0.05
+        with torch.autocast("cpu", torch.bfloat16, enabled=use_amp):
+            logits = plain(data[0][chosen])
+        loss = torch.nn.functional.cross_entropy(logits.float(), data[1][chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), clip_grad or 1e9)
+        optimizer.step()
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    for a, b in zip(ours.parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_ema_follows_the_weights():
+    model = small_model("test_resnet")
+    ema = ModelEmaV3(model, decay=0.8)
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    step = torch.optim.AdamW.step
+    states = []
+
+    class Recorder(torch.optim.AdamW):
+        def step(self, *args, **kwargs):
+            result = step(self, *args, **kwargs)
+            states.append({key: value.clone() for key, value in model.state_dict().items()})
+            return result
+
+    original, torch.optim.AdamW = torch.optim.AdamW, Recorder
+    try:
+        train(model, options(lr=0.01, batch_size=16), ema=ema)
+    finally:
+        torch.optim.AdamW = original
+    assert len(states) == 4
+    for state in states:
+        for key, value in state.items():
+            expected[key] = 0.8 * expected[key] + 0.2 * value if value.is_floating_point() else value
+    for key, value in ema.module.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
+
+
+def test_temperature_schedule():
+    values = [temperature_at(step, steps_per_epoch=5, temp_epoch=2, temp_init_value=1.0) for step in range(15)]
+    assert values == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0, 0])
+    assert temperature_at(0, 5, 0, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("finetune, expected", [("", 0.25), ("weights.pth", 0.0)])
+def test_temperature_reaches_the_layers(finetune, expected):
+    model = small_model("kw_test_resnet")
+    set_temperature(model, 1.0)
+    metrics = train(model, options(batch_size=16, finetune=finetune))
+    assert get_temperature(model) == pytest.approx(expected) == metrics["temperature"]
+
+
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_loss_stops_before_the_step(bad, clip_grad):
+    data = images()
+    data[0][40] = bad
+    model, reference = small_model("test_convnext"), small_model("test_convnext")
+    args = options(opt="sgd", lr=0.01, batch_size=16, clip_grad=clip_grad)
+    with pytest.raises(NonFiniteLoss, match=r"step 2 of epoch 0"):
+        train(model, args, data)
+    # the weights are those after the two good updates
+    schedule_of_four = options(opt="sgd", lr=0.01, batch_size=16, clip_grad=clip_grad, epochs=2)
+    train(reference, schedule_of_four, tuple(tensor[:32] for tensor in data))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters()))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("use_amp", [False, True])
+def test_evaluation_is_the_naive_one(classes, use_amp, capsys):
+    torch.manual_seed(0)
+    model = build_model({"model": "test_resnet"}, num_classes=classes).eval()
+    data = images(37)[0], torch.arange(37) % classes
+    args = options(use_amp=use_amp)
+    result = evaluate(model, DataLoader(TensorDataset(*data), batch_size=8), args=args, device=CPU)
+    first = top = loss = 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=use_amp):
+        logits = torch.cat([model(part) for part in data[0].split(8)]).float()
+    for row, label in zip(logits, data[1].tolist()):
+        ranks = row.argsort(descending=True).tolist()
+        first += ranks[0] == label
+        top += label in ranks[:5]
+        loss -= row.log_softmax(0)[label].item() / 37
+    assert (result["correct1"], result["correct5"], result["count"]) == (first, top, 37)
+    assert result["loss"] == pytest.approx(loss, rel=1e-5)
+    line = f"* Acc@1 {100 * first / 37:.3f} Acc@5 {100 * top / 37:.3f} loss {loss:.3f}"
+    assert line in capsys.readouterr().out
+
+
+def test_mixed_precision_type():
+    assert amp_dtype(options(), CPU) is torch.bfloat16
+    assert amp_dtype(options(amp_dtype="float16"), CPU) is torch.float16
