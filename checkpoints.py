@@ -9,6 +9,7 @@ import os
 import random
 import re
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -129,7 +130,8 @@ def read(path: str | Path) -> dict:
             content = torch.hub.load_state_dict_from_url(str(path), map_location="cpu", weights_only=True)
         else:
             # released checkpoints keep their options in this plain record
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 content = read_checkpoint(path)
     except Exception as error:
         # a damaged file makes its readers raise anything

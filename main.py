@@ -95,7 +95,10 @@ def run(args, given: dict) -> None:
     # model: the same initial weights in every process, then a random stream of its own
     utils.set_seed(args.seed)
     config = {name: value for name, value in given.items() if name in MODEL_KEYS}
-    model = build_model({**config, "model": args.model}, num_classes=loaders.nb_classes).to(device)
+    try:
+        model = build_model({**config, "model": args.model}, num_classes=loaders.nb_classes).to(device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if args.channels_last:
         for module in model.modules():
             if isinstance(module, torch.nn.Conv2d):

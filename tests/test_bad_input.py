@@ -1,0 +1,157 @@
+"""Every mistake of a user: one line on stderr, exit code 2, before any training. A fault during training: code 1."""
+
+import json
+import os
+
+import pytest
+import torch
+from helpers import KW, launch, make_image_folder, quick, read_log
+
+import main
+from checkpoints import write_checkpoint
+from models import build_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_image_folder(tmp_path_factory.mktemp("images"), train=9, val=6)
+
+
+def refused(capsys, arguments):
+    """The one line of a refused run."""
+    assert main.main(arguments) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    assert "epoch 0" not in captured.out
+    return lines[0]
+
+
+def on_images(folder, **options):
+    return quick(**{"data_set": "IMNET", "data_path": folder, "input_size": 32, "batch_size": 4, **options})
+
+
+@pytest.mark.parametrize(
+    "options, part",
+    [
+        ({"model": "resnet19"}, "resnet19"),
+        ({"model": "kw_resnet19"}, "kw_resnet19"),
+        ({"data_set": "MNIST"}, "MNIST"),
+        ({"opt": "lion"}, "lion"),
+        ({"aa": "rand-q9", "data_set": "CIFAR", "data_path": "."}, "rand-q9"),
+        ({"mixup": 0.8, "batch_size": 33}, "must be even"),
+        ({"nb_classes": 100}, "10 classes"),
+        ({"batch_size": 2000}, "too few"),
+        ({"resume": "missing.pth"}, "missing.pth"),
+        ({"finetune": "missing.pth"}, "missing.pth"),
+        ({"kw_config": "missing.json"}, "missing.json"),
+        ({"use_amp": True, "amp_dtype": "float16"}, "bfloat16"),
+        ({"eval": True}, "--resume"),
+        ({"output_dir": "/dev/null/out"}, "/dev/null/out"),
+        ({"output_dir": "main.py"}, "main.py"),
+        ({"enable_wandb": True}, "wandb"),
+        ({"model": "kw_test_resnet", "cell_num_ratio": 0.37}, "0.37"),
+        ({"model": "kw_test_resnet", "sharing_range": "layr"}, "layr"),
+    ],
+)
+def test_options(options, part, capsys, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(main.__file__))
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    assert part in refused(capsys, quick(**{**(KW if options.get("model") == "kw_test_resnet" else {}), **options}))
+
+
+@pytest.mark.parametrize(
+    "text, part", [("{", "line 1"), ('{"lr": NaN}', "NaN"), ('{"lr": 1, "lr": 2}', "twice"), ('{"lrr": 1}', "lrr")]
+)
+def test_config(text, part, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    assert part in refused(capsys, quick(kw_config=path))
+
+
+def test_data_folders(folder, tmp_path, capsys):
+    assert str(tmp_path / "nowhere") in refused(capsys, on_images(tmp_path / "nowhere"))
+    assert str(tmp_path) in refused(capsys, on_images(tmp_path))
+    assert "--data_path" in refused(capsys, on_images(""))
+    empty = tmp_path / "empty"
+    for split in ("train", "val"):
+        (empty / split / "ant").mkdir(parents=True)
+    assert "holds no images" in refused(capsys, on_images(empty))
+    other = make_image_folder(tmp_path / "other", train=9, val=6)
+    (other / "val" / "cat").rename(other / "val" / "cow")
+    assert "cat, cow" in refused(capsys, on_images(other))
+    assert "3 classes" in refused(capsys, on_images(folder, nb_classes=1000))
+
+
+def test_checkpoints(tmp_path, capsys):
+    good = build_model({"model": "test_resnet"}, num_classes=10).state_dict()
+    path = tmp_path / "checkpoint.pth"
+    for option in ({"eval": True}, {}):
+        write_checkpoint(path, {"model": build_model({"model": "test_efficientnet"}, num_classes=10).state_dict()})
+        line = refused(capsys, quick(resume=path, **option))
+        assert "conv1.0.weight" in line and "conv_stem.weight" in line
+        write_checkpoint(path, {"model": build_model({"model": "test_resnet"}, num_classes=3).state_dict()})
+        assert "fc.weight" in refused(capsys, quick(resume=path, **option))
+        write_checkpoint(path, {"model": good})
+        path.write_bytes(path.read_bytes()[:-1000])
+        assert str(path) in refused(capsys, quick(resume=path, **option))
+        path.write_text("not a checkpoint")
+        assert str(path) in refused(capsys, quick(resume=path, **option))
+        torch.save([1, 2], path)
+        assert str(path) in refused(capsys, quick(resume=path, **option))
+        write_checkpoint(path, {"epoch": 3})
+        assert str(path) in refused(capsys, quick(resume=path, **option))
+        write_checkpoint(path, {"model": good, "temperature": "hot"})
+        assert str(path) in refused(capsys, quick(resume=path, **option))
+
+
+def test_checkpoint_of_another_optimizer(tmp_path, capsys):
+    assert main.main(quick(epochs=1, output_dir=tmp_path)) == 0
+    capsys.readouterr()
+    line = refused(capsys, quick(epochs=2, resume=tmp_path / "checkpoint-0.pth", layer_decay=0.5))
+    assert "optimizer" in line
+    # the whole folder damaged: no silent start from epoch 0
+    for path in tmp_path.glob("checkpoint-*.pth"):
+        path.write_bytes(path.read_bytes()[:5000])
+    assert main.main(quick(epochs=2, output_dir=tmp_path)) == 2
+    captured = capsys.readouterr()
+    assert "none of its 2 checkpoints" in captured.err and "epoch 0" not in captured.out
+    assert len(read_log(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_unreadable_image_is_named(split, tmp_path, capsys):
+    root = make_image_folder(tmp_path, train=9, val=6)
+    bad = root / split / "bee" / "1.JPEG"
+    bad.write_bytes(bad.read_bytes()[:300])
+    assert main.main(on_images(root, batch_size=3, epochs=1)) == 1
+    assert str(bad) in capsys.readouterr().err
+
+
+def test_non_finite_loss_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
+    import engine
+
+    assert main.main(quick(epochs=2, output_dir=tmp_path, save_ckpt_num=1)) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
+    capsys.readouterr()
+    to_device, calls = engine._to_device, []
+
+    def poison(*arguments):
+        images, targets = to_device(*arguments)
+        calls.append(1)
+        return (images * float("nan") if len(calls) == 3 else images), targets
+
+    monkeypatch.setattr(engine, "_to_device", poison)
+    assert main.main(quick(epochs=3, output_dir=tmp_path, save_ckpt_num=1)) == 1
+    assert "step 2 of epoch 2 (step 46 of the run)" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")} == before
+    assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
+
+
+def test_bad_config_is_refused_at_once(tmp_path):
+    """As a user starts it: without the seconds that torch takes to load, and also under python -O."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"batch_sise": 8}))
+    done = launch(["--kw_config", str(path)], timeout=30, env={"PYTHONOPTIMIZE": "1"})
+    assert done.returncode == 2
+    assert done.stderr == f'error: {path}: unknown key "batch_sise"; did you mean "batch_size"?\n' and done.stdout == ""

@@ -1,0 +1,346 @@
+"""Checkpoints survive crashes, refuse damage and code, and a resumed run equals the unbroken one."""
+
+import argparse
+import hashlib
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from helpers import KW, ROOT, quick, read_log, words
+
+import engine
+import main
+from checkpoints import (
+    newest_checkpoint,
+    numbered_checkpoints,
+    prune_checkpoints,
+    read,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+    write_checkpoint,
+)
+from models import build_model, load_weights, set_temperature
+from models.config import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def digest(value):
+    """A hash of all that a checkpoint holds."""
+    if isinstance(value, torch.Tensor):
+        return hashlib.sha256(str(value.dtype).encode() + value.contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(value, dict):
+        return {key: digest(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [digest(entry) for entry in value]
+    return value
+
+
+@pytest.fixture
+def state():
+    return {"model": {"weight": torch.arange(3000.0)}, "epoch": 3}
+
+
+def test_write_and_read(tmp_path, state):
+    write_checkpoint(tmp_path / "checkpoint-3.pth", state)
+    assert digest(read(tmp_path / "checkpoint-3.pth")) == digest(state)
+    assert os.listdir(tmp_path) == ["checkpoint-3.pth"]
+
+
+def test_random_generators_are_restored():
+    saved = rng_state(CPU)
+    first = random.random(), np.random.rand(), torch.rand(1).item()
+    set_rng_state(saved, CPU)
+    assert first == (random.random(), np.random.rand(), torch.rand(1).item())
+
+
+def test_epochs_are_numbers_not_text(tmp_path, state):
+    folder = tmp_path / "run-2"
+    folder.mkdir()
+    for epoch in (9, 10, 99, 100, 8):
+        write_checkpoint(folder / f"checkpoint-{epoch}.pth", state)
+    # the order in which the files were written, and their time, say nothing
+    os.utime(folder / "checkpoint-8.pth", (2e9, 2e9))
+    assert newest_checkpoint(folder).name == "checkpoint-100.pth"
+    prune_checkpoints(folder, 99, keep=2)
+    assert [epoch for epoch, _ in numbered_checkpoints(folder)] == [10, 99, 100]
+
+
+def test_truncated_newest_falls_back(tmp_path, state, capsys):
+    write_checkpoint(tmp_path / "checkpoint-1.pth", state)
+    write_checkpoint(tmp_path / "checkpoint-2.pth", state)
+    newest = tmp_path / "checkpoint-2.pth"
+    whole = newest.read_bytes()
+    for part in range(64):
+        newest.write_bytes(whole[: len(whole) * part // 64])
+        assert newest_checkpoint(tmp_path).name == "checkpoint-1.pth"
+        assert str(newest) in capsys.readouterr().out
+
+
+def test_flipped_bit_falls_back(tmp_path, state):
+    write_checkpoint(tmp_path / "checkpoint-1.pth", state)
+    newest = tmp_path / "checkpoint-2.pth"
+    write_checkpoint(newest, state)
+    whole = newest.read_bytes()
+    # inside the stored entries; the zeros that align them belong to no entry
+    with zipfile.ZipFile(newest) as archive:
+        entry = max(archive.infolist(), key=lambda info: info.file_size)
+    start = whole.index(np.arange(3000.0, dtype=np.float32).tobytes())
+    rng = np.random.default_rng(0)
+    for position in rng.integers(start, start + entry.file_size, 100):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << rng.integers(8)
+        newest.write_bytes(damaged)
+        assert newest_checkpoint(tmp_path).name == "checkpoint-1.pth"
+
+
+def test_none_good_is_an_error(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for name in ("checkpoint-1.pth", "checkpoint-2.pth", "checkpoint-best.pth"):
+        (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(ConfigError, match="none of its 3 checkpoints"):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"<html></html>", b"\x80\x02}q\x00.", os.urandom(2000)])
+def test_no_checkpoint_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "file.pth"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read(path)
+        # an empty dict is read, and then has no weights
+        load_weights(build_model({"model": "test_resnet"}, num_classes=3), read(path))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Evil:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("slot", ["model", "args", "optimizer", "rng"])
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("trap", [False, True])
+def test_code_in_a_checkpoint_never_runs(tmp_path, slot, legacy, trap, monkeypatch, capsys):
+    if trap:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    path, target = tmp_path / "evil.pth", tmp_path / "ran"
+    model = build_model({"model": "test_resnet"}, num_classes=10)
+    content = {"model": model.state_dict(), "epoch": 0, slot: Evil(target)}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ConfigError, match=r"evil\.pth"):
+        read(path)
+    for option in ("resume", "finetune"):
+        assert main.main(quick(**{option: path})) == 2
+        assert "evil.pth" in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_code_in_a_plain_pickle_never_runs(tmp_path):
+    path, target = tmp_path / "evil.pth", tmp_path / "ran"
+    path.write_bytes(pickle.dumps(Evil(target)))
+    with pytest.raises(ConfigError):
+        read(path)
+    assert not target.exists()
+
+
+def test_options_of_released_checkpoints_are_read(tmp_path, state):
+    """They keep argparse's record of options, which holds values only."""
+    torch.save({**state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "released.pth")
+    assert read(tmp_path / "released.pth")["args"].lr == 0.1
+
+
+def test_failed_save_leaves_the_older_file(tmp_path, state, monkeypatch, capsys):
+    path = tmp_path / "checkpoint-1.pth"
+    write_checkpoint(path, state)
+    before = path.read_bytes()
+    for fault in ("save", "fsync", "replace"):
+        with monkeypatch.context() as patch:
+
+            def fail(*args, **kwargs):
+                raise OSError(28, "No space left on device")
+
+            patch.setattr(torch if fault == "save" else os, fault, fail)
+            assert save_checkpoint(path, {**state, "epoch": 4}) is False
+        assert "No space left" in capsys.readouterr().err
+        assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_full_disk_leaves_the_older_file(tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    code = f"""
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from checkpoints import save_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+path = Path({str(tmp_path)!r}) / "checkpoint-1.pth"
+assert save_checkpoint(path, {{"model": torch.zeros(1000)}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+assert not save_checkpoint(path, {{"model": torch.zeros(1_000_000)}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning:") == 1
+    assert len(read(tmp_path / "checkpoint-1.pth")["model"]) == 1000 and os.listdir(tmp_path) == ["checkpoint-1.pth"]
+
+
+FULL = {
+    "model": "kw_test_resnet", **KW, "epochs": 3, "batch_size": 128, "update_freq": 2, "temp_epoch": 4,
+    "mixup": 0.5, "cutmix": 0.5, "drop_path": 0.2, "dropout": 0.1, "clip_grad": 5.0, "use_amp": True,
+    "model_ema": True, "model_ema_eval": True, "model_ema_decay": 0.9,
+}  # fmt: skip
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert main.main(quick(**FULL, output_dir=folder)) == 0
+    return folder
+
+
+def test_resumed_run_equals_the_unbroken_one(unbroken, tmp_path, monkeypatch):
+    """Stopped in the second epoch, and continued with another number of loader processes."""
+    train = engine.train_one_epoch
+
+    def stop_in_epoch_1(*args, epoch, **kwargs):
+        if epoch == 1:
+            raise Stop
+        return train(*args, epoch=epoch, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_one_epoch", stop_in_epoch_1)
+        with pytest.raises(Stop):
+            main.main(quick(**FULL, output_dir=tmp_path))
+    assert [epoch for epoch, _ in numbered_checkpoints(tmp_path)] == [0]
+    assert main.main(quick(**FULL, output_dir=tmp_path, num_workers=1)) == 0
+
+    assert (tmp_path / "log.txt").read_text() == (unbroken / "log.txt").read_text()
+    assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(unbroken))
+    for name in ("checkpoint-1.pth", "checkpoint-2.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth"):
+        ours, theirs = digest(read(tmp_path / name)), digest(read(unbroken / name))
+        ours.pop("args"), theirs.pop("args")
+        assert ours == theirs
+
+
+def test_run_writes_what_it_promises(unbroken):
+    names = {
+        "checkpoint-0.pth",
+        "checkpoint-1.pth",
+        "checkpoint-2.pth",
+        "checkpoint-best.pth",
+        "checkpoint-best-ema.pth",
+    }
+    assert set(os.listdir(unbroken)) == names | {"log.txt", "curves.png"}
+    assert (unbroken / "curves.png").read_bytes().startswith(b"\x89PNG")
+    log = read_log(unbroken)
+    assert [line["epoch"] for line in log] == [0, 1, 2]
+    assert log[-1]["best_acc1"] == max(line["test_acc1"] for line in log)
+    assert log[-1]["best_acc1_ema"] == max(line["test_acc1_ema"] for line in log)
+    temperature = 1 - (3 * 5 - 1) / (4 * 5)
+    assert log[-1]["train_temperature"] == pytest.approx(temperature)
+    assert read(unbroken / "checkpoint-2.pth")["temperature"] == pytest.approx(temperature)
+    keys = read(unbroken / "checkpoint-2.pth")["model"]
+    assert list(keys) == list(build_model({"model": "kw_test_resnet", **KW}, num_classes=10).state_dict())
+
+
+def test_evaluation_prints_what_training_logged(unbroken, capsys):
+    """Live and EMA weights, at the temperature in the middle of its schedule."""
+    line = read_log(unbroken)[-1]
+    common = {"model": "kw_test_resnet", **KW, "use_amp": True, "batch_size": 128, "eval": True}
+    assert main.main(quick(**common, resume=unbroken / "checkpoint-2.pth", model_ema_eval=True)) == 0
+    out = capsys.readouterr().out
+    for title, suffix in (("", ""), ("EMA ", "_ema")):
+        values = [line[f"test_{name}{suffix}"] for name in ("acc1", "acc5", "loss")]
+        assert "\n{}* Acc@1 {:.3f} Acc@5 {:.3f} loss {:.3f}".format(title, *values) in out
+    assert main.main(quick(**common, resume=unbroken / "checkpoint-best-ema.pth")) == 0
+    assert f"* Acc@1 {line['best_acc1_ema']:.3f} " in capsys.readouterr().out
+    # the newest of a folder
+    assert main.main(quick(**common, output_dir=unbroken)) == 0
+    assert f"* Acc@1 {line['test_acc1']:.3f} " in capsys.readouterr().out
+
+
+def test_same_seed_same_run_another_seed_another(tmp_path):
+    logs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert main.main(quick(epochs=1, output_dir=tmp_path / name, seed=seed)) == 0
+        logs.append((tmp_path / name / "log.txt").read_text())
+    assert logs[0] == logs[1] != logs[2]
+
+
+def test_fresh_run_keeps_the_old_log(unbroken, tmp_path):
+    shutil.copy(unbroken / "log.txt", tmp_path / "log.txt")
+    assert main.main(quick(epochs=1, output_dir=tmp_path)) == 0
+    assert len(read_log(tmp_path)) == 1
+    kept = list(tmp_path.glob("log-*.txt"))
+    assert len(kept) == 1 and kept[0].read_text() == (unbroken / "log.txt").read_text()
+
+
+def test_number_of_checkpoints_and_frequency(tmp_path):
+    assert main.main(quick(epochs=4, output_dir=tmp_path, save_ckpt_num=1, save_ckpt_freq=2, disable_eval=True)) == 0
+    assert [epoch for epoch, _ in numbered_checkpoints(tmp_path)] == [3]
+    assert not (tmp_path / "checkpoint-best.pth").exists()
+
+
+def test_stale_files_are_removed(tmp_path):
+    stale = tmp_path / ".checkpoint-7.pth.123.tmp"
+    stale.write_bytes(b"half")
+    assert main.main(quick(epochs=1, output_dir=tmp_path)) == 0
+    assert not stale.exists()
+
+
+def test_released_checkpoint_is_evaluated(tmp_path, capsys):
+    """It holds `model` and no temperature, which is then 0."""
+    model = build_model({"model": "kw_test_resnet", **KW}, num_classes=10)
+    set_temperature(model, 0.0)
+    torch.save(
+        {"model": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "released.pth"
+    )
+    common = quick(model="kw_test_resnet", **KW, eval=True, resume=tmp_path / "released.pth")
+    assert main.main(common) == 0
+    assert "* Acc@1 " in capsys.readouterr().out
+
+
+def test_finetune_leaves_out_another_classifier(unbroken, tmp_path, capsys):
+    """100 classes became 10: everything but the classifier is loaded."""
+    model = build_model({"model": "test_resnet"}, num_classes=100)
+    path = tmp_path / "weights.pth"
+    torch.save({"state": {f"net.{key}": value for key, value in model.state_dict().items()}}, path)
+    options = {"finetune": path, "model_key": "state", "model_prefix": "net.", "epochs": 1, "lr": 0, "min_lr": 0}
+    assert main.main(quick(**options, output_dir=tmp_path / "out")) == 0
+    assert "classifier has another size" in capsys.readouterr().out
+    tuned = read(tmp_path / "out" / "checkpoint-0.pth")["model"]
+    start = model.state_dict()
+    parameters = {name for name, _ in model.named_parameters()}
+    same = {name for name in parameters if torch.equal(tuned[name], start[name])}
+    assert parameters - same == {"fc.weight", "fc.bias"} and tuned["fc.bias"].shape == (10,)
+    # of another model: refused
+    assert main.main(quick(**{**options, "model": "test_efficientnet"})) == 2
+    assert "first keys that differ" in capsys.readouterr().err
+
+
+def test_compiled_and_plain_runs_share_keys(tmp_path, monkeypatch):
+    """`module.compile()` leaves the names alone. The compiler itself is replaced, since it takes minutes."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", self._call_impl))
+    assert main.main(quick(epochs=1, output_dir=tmp_path, compile=True, channels_last=True)) == 0
+    assert not any("_orig_mod" in key for key in read(tmp_path / "checkpoint-0.pth")["model"])
+
+
+def test_words():
+    assert words(a=True, b=None, c=[1, 2]) == ["--a", "true", "--b", "none", "--c", "1", "2"]

@@ -1,0 +1,167 @@
+"""Whole runs as users start them: one process, torch.distributed.launch, torchrun, SLURM; and what they must share."""
+
+import argparse
+import os
+import re
+
+import pytest
+import torch
+from helpers import KW, free_port, launch, make_image_folder, quick, read_log
+
+import main
+from checkpoints import read
+from utils import first_host, read_launcher
+
+LINE = re.compile(r"^\* Acc@1 ([\d.]+) Acc@5 ([\d.]+) loss ([\d.]+)$", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """11 images to evaluate, which 2 and 3 do not divide, in 3 classes, fewer than the 5 of Acc@5."""
+    return make_image_folder(tmp_path_factory.mktemp("images"), train=25, val=11)
+
+
+def run_options(folder, **options):
+    model = {"model": "kw_test_resnet", **KW, "temp_epoch": 3}
+    return quick(**{"data_set": "IMNET", "data_path": folder, "input_size": 32, "batch_size": 4, **model, **options})
+
+
+def accuracy(text):
+    return [tuple(map(float, match)) for match in LINE.findall(text)]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A run of two processes through torch.distributed.launch, which passes --local-rank."""
+    output = tmp_path_factory.mktemp("trained")
+    options = {"mixup": 0.8, "update_freq": 2, "num_workers": 1, "lr": 0.005, "model_ema": True, "model_ema_eval": True}
+    done = launch(run_options(folder, output_dir=output, **options), "launch", processes=2)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+def test_training_in_two_processes(trained):
+    output, out = trained
+    log = read_log(output)
+    assert [line["epoch"] for line in log] == [0, 1]
+    # 25 images, 2 processes, batches of 4: 3 batches each, one update of 2, and one left over
+    assert "4 x 2 x 2 = 16 images an update, 1 updates an epoch" in out
+    logged = [tuple(round(line[f"test_{name}"], 3) for name in ("acc1", "acc5", "loss")) for line in log]
+    assert accuracy(out) == logged
+    assert all(line["test_acc5"] == 100.0 for line in log)
+    state = read(output / "checkpoint-1.pth")
+    assert state["world_size"] == 2 == len(state["rng"])
+    assert not any(key.startswith(("module.", "_orig_mod.")) for key in state["model"])
+
+
+@pytest.mark.parametrize("launcher, processes", [("inside", 1), ("torchrun", 2), ("launch", 3)])
+def test_evaluation_prints_what_training_logged(trained, folder, launcher, processes, capsys):
+    output, _ = trained
+    arguments = run_options(folder, eval=True, resume=output / "checkpoint-1.pth", model_ema_eval=True)
+    if launcher == "inside":
+        assert main.main(arguments) == 0
+        out = capsys.readouterr().out
+    else:
+        done = launch(arguments, launcher, processes)
+        assert done.returncode == 0, done.stderr
+        out = done.stdout
+    line = read_log(output)[-1]
+    expected = tuple(round(line[f"test_{name}"], 3) for name in ("acc1", "acc5", "loss"))
+    assert accuracy(out) == [expected]
+    assert f"EMA * Acc@1 {line['test_acc1_ema']:.3f} " in out
+
+
+def test_resume_with_torchrun_equals_the_unbroken_run(trained, folder, tmp_path):
+    """The first epoch again, then the second through another launcher: the same weights and log."""
+    output, _ = trained
+    for name in ("checkpoint-0.pth", "log.txt"):
+        (tmp_path / name).write_bytes((output / name).read_bytes())
+    options = {"mixup": 0.8, "update_freq": 2, "num_workers": 1, "lr": 0.005, "model_ema": True, "model_ema_eval": True}
+    done = launch(run_options(folder, output_dir=tmp_path, **options), "torchrun", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
+    assert (tmp_path / "log.txt").read_text() == (output / "log.txt").read_text()
+    ours, theirs = read(tmp_path / "checkpoint-1.pth"), read(output / "checkpoint-1.pth")
+    for part in ("model", "model_ema"):
+        assert all(torch.equal(ours[part][key], theirs[part][key]) for key in theirs[part])
+    assert ours["best"] == theirs["best"]
+
+
+def test_one_process_as_a_user_starts_it(folder, tmp_path):
+    done = launch(run_options(folder, epochs=1, output_dir=tmp_path, device="cuda"), env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    assert "running on the CPU" in done.stdout and len(accuracy(done.stdout)) == 1
+    # plain lines where there is no terminal
+    assert "\r" not in done.stdout and re.search(r"epoch 0 6/6 .*images/s +eta 0:00:00 +memory \d+ MiB", done.stdout)
+
+
+@pytest.mark.slow
+def test_non_finite_loss_stops_all_processes(folder, tmp_path):
+    """The learning rate makes the weights overflow; no process hangs, and no checkpoint holds a NaN."""
+    arguments = run_options(folder, opt="sgd", lr=1e30, epochs=3, output_dir=tmp_path)
+    done = launch(arguments, "torchrun", processes=2, timeout=120)
+    assert done.returncode != 0
+    assert len(re.findall(r"error: the loss or the gradient is not finite at step \d+ of epoch \d+", done.stderr)) == 2
+    for path in tmp_path.glob("*.pth"):
+        assert all(torch.isfinite(value).all() for value in read(path)["model"].values() if value.is_floating_point())
+
+
+def launcher(**options):
+    return argparse.Namespace(**{"dist_url": "env://", "dist_on_itp": False, "local_rank": -1, **options})
+
+
+def test_launcher_environments():
+    assert read_launcher(launcher(), {}) == (0, 1, 0, 1, "env://")
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert read_launcher(launcher(), torchrun) == (5, 8, 1, 4, "env://")
+    old = {"RANK": "1", "WORLD_SIZE": "2"}
+    assert read_launcher(launcher(local_rank=1), old)[:3] == (1, 2, 1)
+    slurm = {
+        "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_JOB_ID": "20007",
+        "SLURM_NODELIST": "gpu[03-04]",
+    }  # fmt: skip
+    assert read_launcher(launcher(), slurm) == (9, 16, 1, 8, "tcp://gpu03:20007")
+    slurm |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+    assert read_launcher(launcher(), slurm)[4] == "tcp://10.0.0.1:1234"
+    # torchrun started by srun: torchrun's ranks count
+    assert read_launcher(launcher(), {**slurm, **torchrun})[:3] == (5, 8, 1)
+    mpi = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    assert read_launcher(launcher(dist_on_itp=True), mpi)[:3] == (3, 4, 1)
+
+
+@pytest.mark.parametrize(
+    "hosts, first",
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("n[03-05,9]", "n03"),
+        ("n[7,9],m", "n7"),
+        ("n[1-2]-ib", "n1-ib"),
+        ("gpu-1-[2-3]", "gpu-1-2"),
+    ],
+)
+def test_slurm_host_lists(hosts, first):
+    assert first_host(hosts) == first
+
+
+@pytest.mark.slow
+def test_slurm_run(folder, tmp_path):
+    """Two processes with the variables that srun sets."""
+    import subprocess
+    import sys
+
+    environment = {
+        **os.environ, "SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost", "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    command = [sys.executable, main.__file__, *run_options(folder, epochs=1, output_dir=tmp_path)]
+    tasks = [
+        subprocess.Popen(command, env={**environment, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+        for rank in range(2)
+    ]
+    try:
+        assert [task.wait(timeout=120) for task in tasks] == [0, 0]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert read(tmp_path / "checkpoint-0.pth")["world_size"] == 2
