@@ -52,6 +52,11 @@ def read_image(source, name: str) -> Image.Image:
         # decoders raise whatever a damaged file leads them to
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UnreadableImage(f"{name}: cannot be read as an image ({reason}); replace or remove it") from None
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image of any mode as RGB."""
     if image.mode.startswith("I"):
         # 16-bit grey: convert() would clip it to white
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
@@ -124,7 +129,35 @@ class ReaderData(Dataset):
 
     def __getitem__(self, index: int):
         file, label = self.reader[index]
-        return self.transform(read_image(file, str(self.reader.filename(index)))), label
+        with contextlib.closing(file):
+            image = read_image(file, f"image {index} ({self.reader.filename(index)})")
+        return self.transform(image), label
+
+
+class StreamData(IterableDataset):
+    """A timm reader without random access (wds, tfds, hfids).
+
+    In training the reader divides the stream among the processes. In evaluation every process reads all of it and
+    takes every world-th image, so that each counts once.
+    """
+
+    classes = None
+
+    def __init__(self, reader, transform, is_train: bool):
+        self.reader, self.transform, self.is_train = reader, transform, is_train
+        self.rank, self.world = 0, 1
+        # to tell whether the reader left out any; only in evaluation is each to be taken once
+        self.total = None if is_train else reader.num_samples
+        if not is_train:
+            reader.dist_rank, reader.dist_num_replicas = 0, 1
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __iter__(self):
+        for index, (image, label) in enumerate(self.reader):
+            if self.is_train or index % self.world == self.rank:
+                yield self.transform(to_rgb(ImageOps.exif_transpose(image))), label
 
 
 class SeededData(Dataset):
@@ -160,7 +193,7 @@ def _seeded(seed: int):
 class TrainSampler(Sampler):
     """A new permutation every epoch, the same on all processes, of which each takes every world-th.
 
-    Yields (epoch, index). Set `epoch` before iterating. The last images that do not fill all processes are left out.
+    Yields (epoch, index). The last images that do not fill all processes are left out.
     """
 
     def __init__(self, size: int, rank: int, world: int, seed: int):
@@ -251,7 +284,7 @@ def make_data(args, is_train: bool) -> Dataset:
     name, root = args.data_set, Path(args.data_path)
     if name == "digits":
         return DigitsData(is_train, transform)
-    if not args.data_path:
+    if not args.data_path and not name.startswith(("hfds/", "hfids/")):
         raise ConfigError(f"--data_set {name} needs --data_path, the folder that holds the data")
     if name == "IMNET":
         return ImageFolderData(root / ("train" if is_train else "val"), transform)
@@ -278,21 +311,16 @@ def _reader_data(args, is_train: bool, transform) -> Dataset:
         if args.data_set.startswith(("hfds/", "hfids/")):
             _find_hugging_face_datasets()
         data = create_dataset(
-            args.data_set,
-            root=args.data_path,
-            split=split,
-            is_training=is_train,
-            batch_size=args.batch_size,
-            seed=args.seed,
-        )
+            args.data_set, root=args.data_path or None, split=split, is_training=is_train, batch_size=args.batch_size,
+            seed=args.seed, input_img_mode="",
+        )  # fmt: skip
     except ConfigError:
         raise
     except (ImportError, AssertionError, ValueError, RuntimeError, OSError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"--data_set {args.data_set}, {split} split of {args.data_path}: {reason}") from None
     if isinstance(data, IterableDataset):
-        data.transform = transform
-        return data
+        return StreamData(data.reader, transform, is_train)
     return ReaderData(data.reader, transform)
 
 
@@ -319,8 +347,14 @@ class Loaders:
 
     train: DataLoader | None
     evaluation: DataLoader | None
-    sampler: TrainSampler | None
     nb_classes: int
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the training images; call it before every epoch."""
+        if isinstance(self.train.dataset, StreamData):
+            self.train.dataset.reader.set_epoch(epoch)
+        else:
+            self.train.sampler.epoch = epoch
 
 
 def make_loaders(args, given: dict, process) -> Loaders:
@@ -353,18 +387,14 @@ def make_loaders(args, given: dict, process) -> Loaders:
         "pin_memory": args.pin_mem and process.device.type == "cuda",
         "persistent_workers": workers > 0,
     }
-    loaders = Loaders(None, None, None, nb_classes)
-    if isinstance(train_data, IterableDataset):
+    loaders = Loaders(None, None, nb_classes)
+    if isinstance(train_data, StreamData):
+        train_data.reader.set_loader_cfg(workers)
         loaders.train = DataLoader(train_data, drop_last=True, generator=_own_generator(args), **common)
     elif train_data is not None:
-        loaders.sampler = TrainSampler(len(train_data), process.rank, process.world, args.seed)
-        loaders.train = DataLoader(
-            SeededData(train_data, args.seed),
-            sampler=loaders.sampler,
-            drop_last=True,
-            generator=_own_generator(args),
-            **common,
-        )
+        sampler = TrainSampler(len(train_data), process.rank, process.world, args.seed)
+        seeded = SeededData(train_data, args.seed)
+        loaders.train = DataLoader(seeded, sampler=sampler, drop_last=True, generator=_own_generator(args), **common)
     if loaders.train is not None and len(loaders.train) < args.update_freq:
         needed = args.batch_size * args.update_freq * process.world
         raise ConfigError(
@@ -373,7 +403,11 @@ def make_loaders(args, given: dict, process) -> Loaders:
         )
     if eval_data is not None:
         rank, world = (process.rank, process.world) if args.dist_eval else (0, 1)
-        sampler = None if isinstance(eval_data, IterableDataset) else EvalSampler(len(eval_data), rank, world)
+        sampler = None
+        if isinstance(eval_data, StreamData):
+            eval_data.rank, eval_data.world = rank, world
+        else:
+            sampler = EvalSampler(len(eval_data), rank, world)
         loaders.evaluation = DataLoader(eval_data, sampler=sampler, generator=_own_generator(args), **common)
     return loaders
 

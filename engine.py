@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from models import set_temperature
-from utils import Progress, log, reduce_sum
+from utils import Progress, UnreadableImage, log, reduce_sum
 
 
 class NonFiniteLoss(RuntimeError):
@@ -198,8 +198,9 @@ def evaluate(model, loader, *, args, device, title="") -> dict:
         reduce_sum(counts)
         reduce_sum(loss_sum)
     correct1, correct5, count = counts.tolist()
-    if count == 0:
-        raise ValueError("there is no image to evaluate")
+    expected = getattr(loader.dataset, "total", None) or count
+    if count == 0 or count != expected:
+        raise UnreadableImage(f"{count} of {expected} images to evaluate could be read; mend the data set")
     result = {"acc1": 100 * correct1 / count, "acc5": 100 * correct5 / count, "loss": loss_sum.item() / count}
     log(f"{title}* Acc@1 {result['acc1']:.3f} Acc@5 {result['acc5']:.3f} loss {result['loss']:.3f}")
     if not math.isfinite(result["loss"]):

@@ -166,8 +166,7 @@ def run(args, given: dict) -> None:
     # train
     started = time.perf_counter()
     for epoch in range(start_epoch, args.epochs):
-        if loaders.sampler is not None:
-            loaders.sampler.epoch = epoch
+        loaders.set_epoch(epoch)
         trained = train_one_epoch(
             net, loaders.train, optimizer, schedule, criterion, args=args, epoch=epoch, process=process, scaler=scaler,
             mixup=mixup, ema=ema, run_log=run_log,
