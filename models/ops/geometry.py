@@ -8,6 +8,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 
 
@@ -164,10 +165,12 @@ def unpatches(cols, geo, layout, x_shape):
     if not patches_are_copies(geo):
         return seen.reshape(x_shape)
     padded = [size + left + right for size, (left, right) in zip(x_shape[2:], geo.pads, strict=True)]
+    # half precision would round the sum once per tap
+    dtype = cols.dtype if cols.dtype == torch.float64 else torch.float32
     if layout.endswith("q"):
-        total = cols.new_zeros(batch, *padded, x_shape[1]).movedim(-1, 1)
+        total = cols.new_zeros(batch, *padded, x_shape[1], dtype=dtype).movedim(-1, 1)
     else:
-        total = cols.new_zeros(batch, x_shape[1], *padded)
+        total = cols.new_zeros(batch, x_shape[1], *padded, dtype=dtype)
     split = total.unflatten(1, (geo.g_in, geo.cell[1]))
     every = (slice(None),) * 3
     # a tap sees distinct positions, so that each is added as one slice
@@ -178,7 +181,8 @@ def unpatches(cols, geo, layout, x_shape):
         )
         split[every + where] += seen[every + tap]
     crop = [side for left, right in reversed(geo.pads) for side in (-left, -right)]
-    return F.pad(total, crop) if any(crop) else total
+    total = F.pad(total, crop) if any(crop) else total
+    return total.to(cols.dtype)
 
 
 def _axes(layout, dims, per_tap):

@@ -1,0 +1,133 @@
+"""The released models, computed by the released implementation, against ours: every number of them.
+
+tests/data/kernelwarehouse.json.gz holds, for each of the 20 released configs, the keys and shapes of its state dict,
+and loss, logits and gradient norms in float64 for weights that `fill.py` makes from the keys.
+"""
+
+import functools
+import gzip
+import json
+from pathlib import Path
+
+import fill
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import NETWORK
+
+from models import build_model, load_weights, set_temperature
+from models.ops.mixture_conv import forced_order
+from models.ops.orders import ORDERS
+from models.weights import released_keys
+
+DATA = json.loads(gzip.decompress((Path(__file__).parent / "data/kernelwarehouse.json.gz").read_bytes()))
+SMALL = ["kw1x_resnet18", "kw1d2x_resnet18", "kw1d2x_mobilenetv2_050", "kw1x_mobilenetv2_050"]
+
+
+def released_state(record):
+    shapes = {
+        key: torch.empty(shape, dtype=torch.int64 if key.endswith("num_batches_tracked") else torch.float32)
+        for key, shape in record["keys"].items()
+    }
+    return fill.fill_(shapes, record["seed"])
+
+
+@functools.lru_cache(maxsize=1)
+def loaded_model(name):
+    record = DATA[name]
+    model = build_model({**record["config"], "drop_path": 0.0, "dropout": 0.0})
+    assert sum(p.numel() for p in model.parameters()) == record["params"]
+    load_weights(model, {"model": released_state(record)})
+    model.double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    return model, {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def compare(name, temperature, order=None):
+    record = DATA[name]
+    model, state = loaded_model(name)
+    model.load_state_dict(state)
+    set_temperature(model, float(temperature))
+    model.train().zero_grad()
+    x = fill.make_input(record["input"], record["seed"]).double()
+    expected = record["train"][temperature]
+
+    with forced_order(order):
+        logits = model(x)
+        loss = F.cross_entropy(logits, torch.tensor(record["targets"]))
+        loss.backward()
+        with torch.no_grad():
+            evaluated = model.eval()(x)
+
+    spread = logits.detach().std()
+    assert (logits[:, :8] - torch.tensor(expected["logits"])).abs().max() <= NETWORK * spread
+    assert abs(loss - expected["loss"]) <= NETWORK * spread
+    expected_eval = record["eval"][temperature]
+    difference = (evaluated[:, :8] - torch.tensor(expected_eval["logits"])).abs().max()
+    assert difference <= NETWORK * expected_eval["std"]
+
+    parameters = dict(model.named_parameters())
+    norms = expected["grad_norm"]
+    if isinstance(norms, dict):
+        ours = released_keys(model, {key: key for key in record["keys"]})
+        largest = max(norms.values())
+        for key, released in ours.items():
+            if released in norms:
+                norm = float(parameters[key].grad.norm())
+                assert abs(norm - norms[released]) <= NETWORK * max(norm, 1e-3 * largest), key
+    else:
+        total = torch.sqrt(sum((p.grad**2).sum() for p in parameters.values()))
+        assert abs(total - norms) <= NETWORK * norms
+
+
+def last_temperature(name):
+    """The one whose gradient norms are recorded per parameter."""
+    return list(DATA[name]["train"])[-1]
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_released_model(name):
+    compare(name, last_temperature(name))
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("temperature", ["0.0", "1.0"])
+def test_temperature(name, temperature):
+    compare(name, temperature)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", SMALL)
+def test_order(name, order):
+    compare(name, last_temperature(name), order)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in DATA if name.startswith("kw")])
+@pytest.mark.parametrize("order", ORDERS)
+def test_everything(name, order):
+    for temperature in DATA[name]["train"]:
+        compare(name, temperature, order)
+
+
+@pytest.mark.parametrize("name", ["kw1x_resnet18", "kw1d2x_mobilenetv2_050", "kw1x_convnext_tiny"])
+@pytest.mark.parametrize("wrapper", ["module", "state_dict", "bare", "parallel", "file"])
+def test_forms_of_a_checkpoint(name, wrapper, tmp_path):
+    state = released_state(DATA[name])
+    checkpoint = {
+        "module": {"module": state},
+        "state_dict": {"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3},
+        "bare": state,
+        "parallel": {"model": {f"module.{key}": value for key, value in state.items()}},
+        "file": tmp_path / "model.pth",
+    }[wrapper]
+    if wrapper == "file":
+        torch.save({"model": state}, checkpoint)
+    model, expected = build_model(DATA[name]["config"]), build_model(DATA[name]["config"])
+    load_weights(expected, {"model": state})
+    load_weights(model, checkpoint)
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in model.state_dict().items())
+    sums = sorted(float(value.double().sum()) for value in state.values())
+    assert sums == sorted(float(value.double().sum()) for value in model.state_dict().values())
