@@ -102,6 +102,12 @@ def convert(
     if not groups:
         raise ValueError("there is no convolution or linear layer to convert in this model")
 
+    short = [name for name in groups if keep_weights and per[name]["cell_num_ratio"] < 1]
+    if short:
+        raise ValueError(
+            f"warehouse '{short[0]}': keep_weights needs a cell for every mixture, a cell_num_ratio of at least 1, "
+            f"not {per[short[0]]['cell_num_ratio']}"
+        )
     # every warehouse first: a ratio that does not divide leaves the model untouched
     modules = dict(model.named_modules())
     made = {}
@@ -146,11 +152,6 @@ def convert(
 def _keep(module, static):
     """Write the static kernel into the cells that its mixtures own."""
     warehouse = module.warehouse
-    if warehouse.cell_num_ratio < 1:
-        raise ValueError(
-            f"warehouse '{warehouse.name}': keep_weights needs a cell for every mixture, a cell_num_ratio of at least "
-            f"1, not {warehouse.cell_num_ratio}"
-        )
     c_out, c_in, *window = warehouse.cells.shape[1:]
     weight = static.weight.reshape(_kernel(static))
     g_out, g_in = weight.shape[0] // c_out, weight.shape[1] // c_in

@@ -1,0 +1,442 @@
+"""Converted models: what they replace, and that a warehouse stays one wherever the model goes."""
+
+import copy
+import io
+import math
+import socket
+import warnings
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from timm.utils import ModelEmaV3
+from tolerance import assert_same, difference
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models import ConfigError, build_model, convert, get_temperature, load_weights, set_temperature, warehouse_layers
+from models.plans import default_plan, group, share
+
+KW = {"reduction": 0.0625, "cell_num_ratio": 1, "cell_inplane_ratio": 1, "cell_outplane_ratio": 1}
+SMALL = {
+    "resnet18": {**KW, "model": "kw_resnet18", "sharing_range": "layer_conv"},
+    "mobilenetv2_050": {**KW, "model": "kw_mobilenetv2_050", "sharing_range": ["layer", "pwconv"]},
+    "half_mobilenetv2_050": {"model": "kw1d2x_mobilenetv2_050"},
+    "convnext_atto": {**KW, "model": "kw_convnext_atto", "sharing_range": "layer_pwconv"},
+}
+
+
+@pytest.fixture(params=SMALL)
+def model(request):
+    return build_model(SMALL[request.param], num_classes=10)
+
+
+def small_model():
+    return build_model(SMALL["resnet18"], num_classes=10)
+
+
+def image(batch=2, size=32):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(5))
+
+
+def assert_shared(model, like):
+    """Every layer takes its cells from the warehouse at the root of its own model, and there is no second copy."""
+    assert warehouse_layers(model) == warehouse_layers(like)
+    assert all(users for users in warehouse_layers(model).values())
+    assert model.state_dict().keys() == like.state_dict().keys()
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in like.parameters())
+    for module in model.modules():
+        if hasattr(module, "_warehouse"):
+            assert module._warehouse is model.warehouses[module._warehouse.name]
+    before = train_mode_logits(model)
+    kept = {name: warehouse.cells.clone() for name, warehouse in model.warehouses.items()}
+    with torch.no_grad():
+        for warehouse in model.warehouses.values():
+            warehouse.cells += 0.5 * torch.randn_like(warehouse.cells)
+        assert difference(train_mode_logits(model), before) > 0.05
+        for name, warehouse in model.warehouses.items():
+            warehouse.cells.copy_(kept[name])
+    assert torch.equal(train_mode_logits(model), before)
+
+
+@torch.no_grad()
+def train_mode_logits(model):
+    """With the statistics of the batch, since an untrained network's signal fades without."""
+    torch.manual_seed(0)
+    return copy.deepcopy(model).train()(image(4).to(next(model.parameters()).dtype))
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": pickled,
+    "double": lambda model: copy.deepcopy(model).double(),
+    "half": lambda model: copy.deepcopy(model).half(),
+    "ema": lambda model: ModelEmaV3(model, decay=0.5).module,
+    "to": lambda model: copy.deepcopy(model).to(torch.bfloat16).float(),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_sharing_survives(model, how):
+    set_temperature(model, 0.5)
+    other = COPIES[how](model)
+    assert other is not model
+    ours, theirs = ({p.data_ptr() for p in m.parameters() if p.numel()} for m in (model, other))
+    assert not ours & theirs, "the copy shares memory with the original"
+    assert_shared(other, model)
+    assert get_temperature(other) == get_temperature(model) == 0.5
+    set_temperature(model, 0.25)
+    assert get_temperature(other) == 0.5
+
+
+def test_ema_follows_the_warehouses():
+    model = small_model()
+    ema = ModelEmaV3(model, decay=0.75)
+    before = {name: w.cells.clone() for name, w in model.warehouses.items()}
+    with torch.no_grad():
+        for warehouse in model.warehouses.values():
+            warehouse.cells += 1.0
+    ema.update(model)
+    for name, warehouse in ema.module.warehouses.items():
+        assert_same(warehouse.cells, before[name] + 0.25)
+
+
+def test_gradients_of_all_layers_reach_the_warehouse():
+    """A warehouse's gradient is the sum over its layers, each computed with all others detached."""
+    model = small_model().double().eval()
+    x = image().double()
+    model(x).square().sum().backward()
+    name = next(iter(model.warehouses))
+    cells = model.warehouses[name].cells
+    total = torch.zeros_like(cells)
+    users = [m for m in model.modules() if getattr(m, "_warehouse", None) is model.warehouses[name]]
+    assert len(users) == 6
+    for user in users:
+        own = copy.deepcopy(model.warehouses[name])
+        object.__setattr__(user, "_warehouse", own)
+        model(x).square().sum().backward()
+        total += own.cells.grad
+        object.__setattr__(user, "_warehouse", model.warehouses[name])
+    assert difference(total, _first_gradient(model, x, cells)) < 1e-10
+
+
+def _first_gradient(model, x, cells):
+    return torch.autograd.grad(model(x).square().sum(), cells)[0]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+def test_compile_without_graph_breaks(name):
+    model = build_model(SMALL[name], num_classes=10).eval()
+    set_temperature(model, 0.5)
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=counting, fullgraph=True, dynamic=True)
+    for batch, temperature in ((2, 0.5), (3, 0.25), (5, 0.0)):
+        set_temperature(model, temperature)
+        assert_same(compiled(image(batch)), model(image(batch)))
+    assert len(graphs) == 1
+    compiled(image(2)).sum().backward()
+    assert all(w.cells.grad is not None for w in model.warehouses.values())
+
+
+@pytest.mark.slow
+def test_inductor():
+    model = small_model().eval()
+    assert_same(torch.compile(model)(image()), model(image()), torch.float32)
+
+
+def test_export():
+    model = small_model().eval()
+    program = torch.export.export(model, (image(),))
+    assert_same(program.module()(image()), model(image()))
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _ddp_worker(rank, world, port, config, state, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    model = build_model(config, num_classes=10)
+    model.load_state_dict(state)
+    set_temperature(model, 0.5)
+    parallel = DistributedDataParallel(model.double().eval())
+    half = image(4).double()[rank * 2 : rank * 2 + 2]
+    parallel(half).square().mean().backward()
+    if rank == 0:
+        results.put({name: p.grad.numpy() for name, p in model.named_parameters()})
+        results.close()
+        results.join_thread()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "half_mobilenetv2_050"])
+def test_two_processes_give_the_gradients_of_one(name):
+    model = build_model(SMALL[name], num_classes=10)
+    set_temperature(model, 0.5)
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    arguments = (2, _free_port(), SMALL[name], model.state_dict(), results)
+    workers = mp.spawn(_ddp_worker, arguments, nprocs=2, join=False)
+    gradients = results.get(timeout=120)
+    assert workers.join(timeout=60) or all(p.exitcode == 0 for p in workers.processes)
+    model.double().eval()(image(4).double()).square().mean().backward()
+    for key, parameter in model.named_parameters():
+        assert difference(torch.from_numpy(gradients[key]), parameter.grad) < 1e-10, key
+
+
+def test_samples_are_independent_in_eval_mode(model):
+    model.double().eval()
+    together = model(image(3).double())
+    for i in range(3):
+        assert difference(model(image(3).double()[i : i + 1])[0], together[i]) < 1e-9
+
+
+def test_single_sample_in_train_mode():
+    model = small_model().train()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        model(image(1, 64)).sum().backward()
+    assert len([w for w in caught if "running statistics" in str(w.message)]) == 1
+
+
+def test_state_has_no_temperature(model):
+    """Released files have none."""
+    assert not [key for key in model.state_dict() if "temperature" in key or "beta" in key]
+
+
+def test_static_models_have_no_temperature():
+    model = build_model({"model": "resnet18"}, num_classes=3)
+    assert not hasattr(model, "warehouses") and warehouse_layers(model) == {}
+    set_temperature(model, 0.5)
+    assert get_temperature(model) == 0.0
+
+
+# --- plans -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backbone", "sharing", "counts"),
+    [
+        # m of table 14, in its order; the warehouses of ConvNeXt and MobileNetV2 are listed by kind there
+        ("resnet18", "layer_conv", [56, 47, 47, 27]),
+        ("resnet50", "layer_conv", [87, 104, 138, 47]),
+        ("mobilenetv2_100", ["layer", "pwconv"], [9, 36, 34, 78, 18, 42, 27, 102, 36, 120, 27, 58, 27]),
+        ("convnext_tiny", "layer_pwconv", [16, 4, 4, 4, 147, 24, 147, 24, 441, 72, 147, 24]),
+    ],
+)
+def test_mixtures_of_table_14(backbone, sharing, counts):
+    model = build_model({**KW, "model": f"kw_{backbone}", "sharing_range": sharing})
+    assert [sum(w.mixtures.values()) for w in model.warehouses.values()] == counts
+
+
+def test_reassigned_layers_of_table_15():
+    model = timm.create_model("resnet18")
+    groups = group(share(default_plan(model), "layer_conv"))
+    assert groups["stage0_layer_conv"][-2:] == ["layer2.0.conv1", "layer2.0.downsample.0"]
+    assert groups["stage3_layer_conv"] == ["layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2"]
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ("layer_conv", ["layer", "conv"]),
+        ("layer_pwconv", ["layer", "conv", "pwconv"]),
+        (["layer", "pwconv"], ["layer", "pwconv"]),
+        ([], []),
+    ],
+)
+def test_sharing_range(given, parts):
+    plan = [("x", "stage1_layer2_dwconv0"), ("y", "stage1_layer2_pwconv1"), ("z", "stage1_layer0_conv3")]
+    joined = {name for _, name in share(plan, given)}
+    expected = set()
+    for _, name in plan:
+        for part in parts:
+            name = "_".join(w.rstrip("0123456789") if w.rstrip("0123456789") == part else w for w in name.split("_"))
+        expected.add(name)
+    assert joined == expected
+
+
+@pytest.mark.parametrize("backbone", ["resnet34", "resnet101", "resnet10t", "resnet26d", "mobilenetv2_075",
+                                      "convnext_nano", "efficientnet_b0", "deit_tiny_patch16_224", "vgg11"])  # fmt: skip
+def test_any_timm_model_can_be_converted(backbone):
+    with torch.device("meta"):
+        model = convert(timm.create_model(backbone, num_classes=10))
+    assert len(model.conversion) >= 8
+    assert set(model.conversion) == {layer for users in warehouse_layers(model).values() for layer in users}
+
+
+class OwnNet(nn.Module):
+    """A person's own network."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 1, groups=4))
+        self.mid = nn.Linear(16, 24)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x):
+        return self.head(self.mid(self.body(self.stem(x)).mean((2, 3))).relu())
+
+
+@pytest.mark.parametrize("budget", [1, 2])
+def test_own_network_keeps_its_weights(budget):
+    """At temperature 1 every mixture is its own cell: the network computes what it did before."""
+    net = OwnNet().double().eval()
+    expected = net(image().double())
+    assert convert(net, keep_weights=True, cell_num_ratio=budget) is net
+    assert list(net.conversion) == ["body.0", "body.2", "mid"]
+    set_temperature(net, 1.0)
+    assert difference(net(image().double()), expected) < 1e-12
+    set_temperature(net, 0.0)
+    assert difference(net(image().double()), expected) > 1e-3
+
+
+def test_explicit_warehouses():
+    net = convert(OwnNet(), warehouses={"all": {"layers": ["body.*", "stem"], "cell_num_ratio": 2}})
+    assert net.conversion == {"stem": "all", "body.0": "all", "body.2": "all"}
+    assert list(net.warehouses["all"].kernels) == ["stem", "body.0", "body.2"]
+    assert type(net.head) is nn.Linear
+    assert net(image()).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: convert(OwnNet(), warehouses={"w": {"layers": ["trunk.*"]}}), ["'w'", "trunk.*", "stem"]),
+        (lambda: convert(OwnNet(), warehouses={"a": {"layers": ["stem"]}, "b": {"layers": ["st*"]}}), ["stem", "'b'"]),
+        (lambda: convert(OwnNet(), warehouses={"w": {"layers": ["stem", "mid"]}}), ["'w'", "1d, 2d"]),
+        (lambda: convert(OwnNet(), keep_weights=True, cell_num_ratio=0.5), ["keep_weights", "'body_0'", "0.5"]),
+        (lambda: convert(OwnNet(), cell_number=2), ["cell_number", "cell_num_ratio"]),
+        (lambda: convert(OwnNet(), reduction=[0.1, 0.2]), ["reduction has 2 values for 3 warehouses", "body_0"]),
+        (lambda: convert(nn.ReLU()), ["no convolution"]),
+        (lambda: convert(convert(OwnNet())), ["already"]),
+        (lambda: convert(OwnNet(), sharing_range=["layers"]), ["layers", "pwconv"]),
+        (lambda: convert(nn.Sequential(*[nn.Conv2d(4, 4, 3, padding_mode="circular") for _ in range(3)])), ["circular"]),
+        (lambda: build_model({"model": "kw_resnet8"}), ["kw_resnet8", "kw_resnet18"]),
+        (lambda: build_model({"model": "kw1d2x_resnet18"}), ["MobileNetV2", "kw_resnet18"]),
+        (lambda: build_model({**SMALL["resnet18"], "cell_inplane_ratio": 0.3}), ["stage0", "layer1.0.conv1", "0.3"]),
+        (lambda: build_model({"model": "kw_resnet18", "cell_num_ration": 1}), ["cell_num_ration", "cell_num_ratio"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_explained(make, named):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert all(word in str(error.value) for word in named), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_failed_conversion_changes_nothing():
+    net = OwnNet()
+    before = list(net.state_dict())
+    with pytest.raises(ValueError):
+        convert(net, cell_outplane_ratio=0.3)
+    assert list(net.state_dict()) == before
+
+
+def test_drop_path_of_resnets_is_the_same_in_every_block():
+    model = build_model({**SMALL["resnet18"], "drop_path": 0.2})
+    assert [block.drop_path.drop_prob for block in model.layer1] == [0.2, 0.2]
+    linear = build_model({**SMALL["resnet18"], "drop_path": 0.2, "block_drop_path": "linear"})
+    assert math.isclose(linear.layer4[-1].drop_path.drop_prob, 0.2)
+    assert build_model({"model": "convnext_atto", "drop_path": 0.2}).stages[0].blocks[1].drop_path.drop_prob < 0.2
+
+
+def test_settings_of_the_half_mobilenet_come_from_the_model():
+    model = build_model("configs/mobilenetv2_050/kw1d2x_mobilenetv2_050.json")
+    assert model.drop_rate == 0.1
+    assert list(model.warehouses)[-1] == "classifier" and model.warehouses["classifier"].cells.shape == (
+        20,
+        1000,
+        32,
+        1,
+    )
+
+
+# --- weights -----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_another_model_are_refused():
+    model, before = small_model(), small_model().state_dict()
+    model.load_state_dict(before)
+    other = build_model(SMALL["mobilenetv2_050"], num_classes=10)
+    with pytest.raises(ValueError) as error:
+        load_weights(model, other.state_dict())
+    assert "missing" in str(error.value) and "conv1.weight" in str(error.value) and "\n" not in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    wider = build_model({**SMALL["resnet18"], "cell_num_ratio": 2}, num_classes=10)
+    with pytest.raises(
+        ValueError, match=r"another shape \(layer1.0.conv1.attention.fc2.weight \[1017, 16\] for \[513, 16\]"
+    ):
+        load_weights(model, wider.state_dict())
+
+
+def test_own_weights_load_from_every_form(tmp_path):
+    source = small_model()
+    for checkpoint in ({"model": source.state_dict()}, source.state_dict()):
+        path = tmp_path / "weights.pth"
+        torch.save(checkpoint, path)
+        for given in (checkpoint, path, str(path)):
+            model = load_weights(small_model(), given)
+            assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+class Evil:
+    """Pickles as a call."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("environment", [None, "1"], ids=["plain", "forced"])
+def test_a_checkpoint_never_runs_code(tmp_path, monkeypatch, zipped, environment):
+    if environment:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", environment)
+    trace = tmp_path / "code_ran"
+    state = small_model().state_dict()
+    torch.save({"model": state, "args": Evil(trace)}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"x\.pth"):
+        load_weights(small_model(), tmp_path / "x.pth")
+    assert not trace.exists()
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": small_model().state_dict()}, path)
+    good = path.read_bytes()
+    contents = {"empty": b"", "text": b"<html>not found</html>" * 9, "half": good[: len(good) // 2]}
+    flipped = bytearray(good)
+    flipped[len(good) // 3] ^= 16
+    contents["flipped"] = bytes(flipped)
+    for content in contents.values():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.pth"):
+            load_weights(small_model(), path)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        load_weights(small_model(), tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match=r"no weights found"):
+        load_weights(small_model(), {"epoch": 3})
+    with pytest.raises(ConfigError):
+        build_model({"model": "kw_resnet18", "epochs": "many"})
