@@ -237,23 +237,23 @@ def restore(checkpoint: dict, path, model, ema, optimizer, scaler, args, process
     load(model, checkpoint, path)
     if ema is not None:
         load(ema.module, {**checkpoint, "model": checkpoint.get("model_ema") or state_dict_of(checkpoint)}, path)
-    best = {"acc1": None, "acc1_ema": None, **checkpoint.get("best", {})}
     if "optimizer" not in checkpoint or "rng" not in checkpoint:
         log(f"{path} holds weights only: the optimizer and the schedules start at epoch {args.start_epoch}")
-        return args.start_epoch, best
+        return args.start_epoch, {"acc1": None, "acc1_ema": None}
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
         if scaler.is_enabled() and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"{path}: its optimizer does not fit ({error}); use the options of that run") from None
-    saved_by = len(checkpoint["rng"])
-    if saved_by == process.world:
-        set_rng_state(checkpoint["rng"][process.rank], process.device)
-    else:
-        log(f"note: saved by {saved_by} processes and continued by {process.world}, with other random numbers")
-        set_seed(args.seed + process.rank + process.world * (checkpoint["epoch"] + 1))
-    return checkpoint["epoch"] + 1, best
+        saved_by = len(checkpoint["rng"])
+        if saved_by == process.world:
+            set_rng_state(checkpoint["rng"][process.rank], process.device)
+        else:
+            log(f"note: saved by {saved_by} processes and continued by {process.world}, with other random numbers")
+            set_seed(args.seed + process.rank + process.world * (checkpoint["epoch"] + 1))
+        return checkpoint["epoch"] + 1, dict(checkpoint["best"])
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: its optimizer or state does not fit ({reason}); use that run's options") from None
 
 
 def rng_state(device: torch.device) -> dict:

@@ -65,7 +65,12 @@ def create_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
     for group in groups:
         group["lr"] = args.lr * group["lr_scale"]
     if args.opt == "sgd":
-        return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+        # torch leaves the momentum uninitialised where the first update is skipped; from zeros it is the same otherwise
+        for group in groups if args.momentum else ():
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     betas = tuple(args.opt_betas or (0.9, 0.999))
     return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.opt_eps, fused=True)
 

@@ -12,6 +12,12 @@ from checkpoints import write_checkpoint
 from models import build_model
 
 
+@pytest.fixture(autouse=True)
+def one_thread(deterministic):
+    """These models are so small that a second thread only waits."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_image_folder(tmp_path_factory.mktemp("images"), train=9, val=6)

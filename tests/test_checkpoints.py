@@ -1,13 +1,16 @@
 """Checkpoints survive crashes, refuse damage and code, and a resumed run equals the unbroken one."""
 
 import argparse
+import functools
 import hashlib
+import http.server
 import os
 import pickle
 import random
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 
 import numpy as np
@@ -31,6 +34,12 @@ from models import build_model, load_weights, set_temperature
 from models.config import ConfigError
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(deterministic):
+    """These models are so small that a second thread only waits."""
+    torch.set_num_threads(1)
 
 
 def digest(value):
@@ -152,6 +161,32 @@ def test_code_in_a_plain_pickle_never_runs(tmp_path):
     path.write_bytes(pickle.dumps(Evil(target)))
     with pytest.raises(ConfigError):
         read(path)
+    assert not target.exists()
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The folder over HTTP, on this machine."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_url(tmp_path, server, monkeypatch, capsys):
+    """Weights from a URL are loaded; code from there never runs."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    target = tmp_path / "ran"
+    torch.save({"model": build_model({"model": "test_resnet"}, num_classes=10).state_dict()}, tmp_path / "good.pth")
+    torch.save({"model": Evil(target)}, tmp_path / "evil.pth")
+    assert main.main(quick(eval=True, resume=f"{server}/good.pth")) == 0
+    for name in ("evil.pth", "missing.pth"):
+        capsys.readouterr()
+        assert main.main(quick(eval=True, resume=f"{server}/{name}")) == 2
+        line = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(line) == 1 and name in line[0]
     assert not target.exists()
 
 
@@ -340,6 +375,25 @@ def test_compiled_and_plain_runs_share_keys(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", self._call_impl))
     assert main.main(quick(epochs=1, output_dir=tmp_path, compile=True, channels_last=True)) == 0
     assert not any("_orig_mod" in key for key in read(tmp_path / "checkpoint-0.pth")["model"])
+
+
+@pytest.mark.slow
+def test_compiled_run(tmp_path):
+    """With the real compiler: the same accuracy to rounding, and clean keys."""
+    for name, compiled in (("plain", False), ("compiled", True)):
+        arguments = quick(
+            model="kw_test_resnet", **KW, epochs=1, temp_epoch=1, compile=compiled, output_dir=tmp_path / name
+        )
+        assert main.main(arguments) == 0
+    plain, compiled = (read_log(tmp_path / name)[0] for name in ("plain", "compiled"))
+    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=0.05)
+    assert not any("_orig_mod" in key for key in read(tmp_path / "compiled" / "checkpoint-0.pth")["model"])
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    assert main.main(quick(epochs=1, log_dir=tmp_path / "tb")) == 0
+    assert [path.stat().st_size > 500 for path in (tmp_path / "tb").iterdir()] == [True]
 
 
 def test_words():

@@ -4,8 +4,10 @@ import argparse
 
 import pytest
 import torch
-from helpers import KW
+import torch.distributed as dist
+from helpers import KW, free_port
 from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from engine import NonFiniteLoss, amp_dtype, evaluate, temperature_at, train_one_epoch
@@ -16,6 +18,12 @@ from utils import Process
 
 CPU = torch.device("cpu")
 CLASSES = 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread(deterministic):
+    """These models are so small that a second thread only waits."""
+    torch.set_num_threads(1)
 
 
 def options(**changes):
@@ -34,12 +42,12 @@ def small_model(name, seed=0):
     return build_model({"model": name, **(KW if name.startswith("kw") else {})}, num_classes=CLASSES)
 
 
-def train(model, args, data=None, ema=None):
+def train(model, args, data=None, ema=None, scaler=None):
     loader = DataLoader(TensorDataset(*(data or images())), batch_size=args.batch_size, drop_last=True)
     schedule = Schedule(args, len(loader) // args.update_freq)
     return train_one_epoch(
         model, loader, create_optimizer(args, model), schedule, torch.nn.CrossEntropyLoss(), args=args, epoch=0,
-        process=Process(0, 1, 0, 1, CPU), scaler=torch.amp.GradScaler("cpu", enabled=False), ema=ema,
+        process=Process(0, 1, 0, 1, CPU), scaler=scaler or torch.amp.GradScaler("cpu", enabled=False), ema=ema,
     )  # fmt: skip
 
 
@@ -152,6 +160,64 @@ def test_non_finite_loss_stops_before_the_step(bad, clip_grad):
     schedule_of_four = options(opt="sgd", lr=0.01, batch_size=16, clip_grad=clip_grad, epochs=2)
     train(reference, schedule_of_four, tuple(tensor[:32] for tensor in data))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters()))
+
+
+def test_loss_scaling_changes_nothing_but_skips_overflows():
+    """Scaling by a power of two is exact, also with clipping; an overflow of the scale skips updates and lowers it."""
+    args = options(opt="sgd", lr=0.01, batch_size=16, clip_grad=1.0)
+    plain, scaled, overflowing = (small_model("test_convnext") for _ in range(3))
+    with torch.no_grad():
+        overflowing.head.fc.weight.mul_(1e4)
+    start = [parameter.clone() for parameter in overflowing.parameters()]
+    train(plain, args)
+    train(scaled, args, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), scaled.parameters()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-20)
+    train(overflowing, options(opt="sgd", lr=0.01, batch_size=64), scaler=scaler)
+    assert scaler.get_scale() == 2.0**107
+    assert all(torch.equal(a, b) for a, b in zip(overflowing.parameters(), start))
+
+
+def _train_rank(rank, folder, port):
+    """One of two processes, each with half of the images; in the second epoch one image of process 1 is NaN."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = small_model("kw_test_convnext")
+    net = DistributedDataParallel(model)
+    args = options(opt="sgd", lr=0.01, batch_size=8, update_freq=2, epochs=2)
+    mine = tuple(tensor[rank::2] for tensor in images())
+    loaders = [DataLoader(TensorDataset(*mine), batch_size=8)]
+    bad = mine[0].clone()
+    if rank == 1:
+        bad[20] = float("nan")
+    loaders.append(DataLoader(TensorDataset(bad, mine[1]), batch_size=8))
+    optimizer, schedule = create_optimizer(args, model), Schedule(args, 2)
+    scaler, error = torch.amp.GradScaler("cpu", enabled=False), None
+    for epoch, loader in enumerate(loaders):
+        try:
+            train_one_epoch(
+                net, loader, optimizer, schedule, torch.nn.CrossEntropyLoss(), args=args, epoch=epoch,
+                process=Process(rank, 2, rank, 2, CPU), scaler=scaler,
+            )  # fmt: skip
+        except NonFiniteLoss as caught:
+            error = str(caught)
+        torch.save([epoch, error, model.state_dict()], f"{folder}/{rank}-{epoch}.pth")
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one_and_stop_as_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(_train_rank, (str(tmp_path), free_port()), nprocs=2)
+    saved = {path.stem: torch.load(path) for path in tmp_path.iterdir()}
+    # two processes with batches of 8 and 2 steps are one with 32
+    single = small_model("kw_test_convnext")
+    train(single, options(opt="sgd", lr=0.01, batch_size=32, epochs=2))
+    for name, value in single.state_dict().items():
+        torch.testing.assert_close(saved["0-0"][2][name], value, rtol=1e-4, atol=1e-6)
+    # NaN in one process stops both at the same step, with the same finite weights
+    assert saved["0-1"][1] == saved["1-1"][1] and "step 1 of epoch 1" in saved["0-1"][1]
+    for name, value in saved["0-1"][2].items():
+        assert torch.isfinite(value).all() and torch.equal(value, saved["1-1"][2][name])
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])

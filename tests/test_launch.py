@@ -15,6 +15,12 @@ from utils import first_host, read_launcher
 LINE = re.compile(r"^\* Acc@1 ([\d.]+) Acc@5 ([\d.]+) loss ([\d.]+)$", re.MULTILINE)
 
 
+@pytest.fixture(autouse=True)
+def one_thread(deterministic):
+    """These models are so small that a second thread only waits."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """11 images to evaluate, which 2 and 3 do not divide, in 3 classes, fewer than the 5 of Acc@5."""

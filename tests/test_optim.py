@@ -111,7 +111,7 @@ def test_layer_decay_knows_other_families(name):
 def test_optimizer_is_torch_s_plain_one(opt):
     """The fused optimizer over groups does what the plain one does."""
     torch.manual_seed(0)
-    models = [torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4)) for _ in range(2)]
+    models = [torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4)).double() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     ours = create_optimizer(options(opt=opt, lr=0.1, momentum=0.8, opt_betas=[0.8, 0.9]), models[0])
     plain = [
@@ -123,10 +123,29 @@ def test_optimizer_is_torch_s_plain_one(opt):
     else:
         theirs = torch.optim.AdamW(plain, lr=0.1, betas=(0.8, 0.9), eps=1e-8)
     for step in range(4):
-        inputs = torch.randn(6, 5, generator=torch.Generator().manual_seed(step))
+        inputs = torch.randn(6, 5, generator=torch.Generator().manual_seed(step)).double()
         for model, optimizer in zip(models, (ours, theirs)):
             model.zero_grad()
             model(inputs).pow(2).sum().backward()
             optimizer.step()
     for a, b in zip(models[0].parameters(), models[1].parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd"])
+def test_update_is_skipped_by_a_flag(opt):
+    """What lets a GPU skip a bad update without the host knowing; also the very first one."""
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(5, 4) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [create_optimizer(options(opt=opt, lr=0.1), model) for model in models]
+    for bad in (1.0, 0.0, 1.0, 0.0):
+        for parameter in models[0].parameters():
+            parameter.grad = torch.full_like(parameter, float("nan") if bad else 0.5)
+        optimizers[0].found_inf = torch.tensor(bad)
+        optimizers[0].step()
+        if not bad:
+            for parameter in models[1].parameters():
+                parameter.grad = torch.full_like(parameter, 0.5)
+            optimizers[1].step()
+        assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
