@@ -5,6 +5,7 @@ crc32(key) ^ seed, and scaled so that activations keep a sane size through a dee
 """
 
 import zlib
+
 import numpy as np
 import torch
 

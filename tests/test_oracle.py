@@ -21,6 +21,7 @@ from models.ops.orders import ORDERS
 from models.weights import released_keys
 
 DATA = json.loads(gzip.decompress((Path(__file__).parent / "data/kernelwarehouse.json.gz").read_bytes()))
+DYNAMIC = [name for name in DATA if name.startswith("kw")]
 SMALL = ["kw1x_resnet18", "kw1d2x_resnet18", "kw1d2x_mobilenetv2_050", "kw1x_mobilenetv2_050"]
 
 
@@ -98,16 +99,16 @@ def test_temperature(name, temperature):
     compare(name, temperature)
 
 
+@pytest.mark.parametrize("name", DYNAMIC)
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", SMALL)
-def test_order(name, order):
+def test_order(order, name):
     compare(name, last_temperature(name), order)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in DATA if name.startswith("kw")])
-@pytest.mark.parametrize("order", ORDERS)
-def test_everything(name, order):
+@pytest.mark.parametrize("name", DYNAMIC)
+@pytest.mark.parametrize("order", [None, *ORDERS])
+def test_every_temperature(order, name):
     for temperature in DATA[name]["train"]:
         compare(name, temperature, order)
 

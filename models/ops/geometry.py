@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .scratch import scratch
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -152,7 +154,10 @@ def patches(x, geo, layout):
     """
     dims = len(geo.kernel)
     seen = windows(pad(x, geo), geo).unflatten(1, (geo.g_in, geo.cell[1]))  # [B, Gi, ci, *K, *P]
-    return seen.permute(_axes(layout, dims, geo.per_tap)).reshape(_sizes(layout, x.shape[0], geo))
+    seen = seen.permute(_axes(layout, dims, geo.per_tap))
+    if patches_are_copies(geo):
+        seen = scratch("patches", seen.shape, x).copy_(seen)
+    return seen.reshape(_sizes(layout, x.shape[0], geo))
 
 
 def unpatches(cols, geo, layout, x_shape):

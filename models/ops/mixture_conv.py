@@ -7,6 +7,7 @@ import torch
 
 from .cost import cheapest
 from .geometry import geometry, output_size
+from .naive import mixture_conv_naive
 from .orders import ORDERS, is_channels_last
 
 _forced = None
@@ -19,7 +20,10 @@ def available_orders(geo):
 
 @contextlib.contextmanager
 def forced_order(order):
-    """Within it every mixture convolution uses this order where it can; None lets the cost decide.  For tests."""
+    """Within it every mixture convolution uses this order where it can; None lets the cost decide.
+
+    For tests and measurements; not for several threads.
+    """
     global _forced
     before, _forced = _forced, order
     try:
@@ -34,7 +38,8 @@ def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, d
     x: [B, C, *S] with one to three spatial dimensions; alpha: [B, m, n]; cells: [n, co, ci, *k], where k is all ones
     or the kernel size; bias: [O] or None.  A kernel [O, C / groups, *kernel_size] is cut into
     m = T * Go * Gi cells (positions, output blocks, input blocks, in this order).
-    order: "grouped", "batched" or "mixed" to force one; they agree up to rounding, and the cheapest is the default.
+    order: "grouped", "batched" or "mixed" to force one, or "naive" for the reference; they agree up to rounding, and
+    the cheapest is the default.
     Returns [B, O, *S'], channels innermost where those of x are.  Under autocast in its data type, else in x's.
     Raises ValueError for shapes that do not fit and for an order that cannot evaluate them.
     """
@@ -47,6 +52,9 @@ def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, d
     if dtype != torch.float64 and x.dtype == torch.float64:
         dtype = x.dtype
     x, alpha, cells = x.to(dtype), alpha.to(dtype), cells.to(dtype)
+    if (order or _forced) == "naive":
+        bias = bias if bias is None else bias.to(dtype)
+        return mixture_conv_naive(x, alpha, cells, kernel_size, bias, stride, padding, dilation, groups)
     y = torch.ops.kernelwarehouse.mixture_conv(
         x, alpha, cells, kernel_size, stride, padding, dilation, groups, order or _forced or "auto", order is not None
     )
