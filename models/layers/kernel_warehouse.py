@@ -155,6 +155,14 @@ class _KWLayer(nn.Module):
         self.attention.temperature.fill_(temperature)
 
 
+def _pool(x, dim):
+    """Mean over positions.  The gradient of a sum is a view where that of a mean is a tensor as large as x."""
+    if x.dtype == torch.float16:
+        # the sum could overflow
+        return x.mean(dim)
+    return x.sum(dim) / x.shape[dim]
+
+
 def _tuple(value, dims, what):
     value = (value,) * dims if isinstance(value, int) else tuple(value)
     if len(value) != dims:
@@ -216,7 +224,7 @@ class _KWConvNd(_KWLayer):
         )
 
     def forward(self, x):
-        alpha = self.attention(x.flatten(2).mean(dim=2))
+        alpha = self.attention(_pool(x.flatten(2), dim=2))
         y = mixture_conv(
             x,
             alpha,
@@ -310,7 +318,7 @@ class KWLinear(_KWLayer):
 
     def forward(self, x):
         tokens = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
-        alpha = self.attention(tokens.mean(dim=1))
+        alpha = self.attention(_pool(tokens, dim=1))
         y = mixture_conv(tokens.transpose(1, 2), alpha, self._warehouse.cells, (1,), self.bias)
         return y.transpose(1, 2).reshape(*x.shape[:-1], self.out_features)
 

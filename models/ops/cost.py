@@ -6,6 +6,7 @@ The unit is the microsecond.  Only ratios matter, and the forward and the backwa
 from dataclasses import dataclass
 
 from .geometry import Geometry, patches_are_copies
+from .scratch import LIMIT_BYTES
 
 MB = 1 << 20
 
@@ -16,9 +17,8 @@ class Device:
 
     gflop: float  # of matrix products and convolutions, per 1e9 multiply-adds
     kernel_mb: float  # to write and read assembled kernels
-    cached_mb: float  # to permute and reorder kernels for a convolution while they fit the last cache
-    reorder_mb: float  # and beyond it
-    cache_mb: float  # size of that cache
+    reorder_mb: float  # to permute and reorder kernels for a convolution, in memory that is handed on
+    fresh_mb: float  # and in fresh memory
     patch_mb: float  # to gather patches
     mixed_mb: float  # to write, permute and read mixed inputs
     call: float  # of one library call
@@ -28,8 +28,8 @@ class Device:
 # cuda: not measured, set from the memory bandwidth and peak rate of a data-centre GPU, where cuDNN's grouped
 # convolution of one sample's kernel each is the slow part
 DEVICES = {
-    "cpu": Device(8700, 300, 250, 1000, 24, 150, 800, 15),
-    "cuda": Device(10, 0.5, 20, 20, 0, 1, 1, 5),
+    "cpu": Device(8700, 300, 100, 520, 150, 800, 15),
+    "cuda": Device(10, 0.5, 20, 20, 1, 1, 5),
 }
 
 
@@ -43,8 +43,9 @@ def estimate(order, geo: Geometry, item_bytes, device):
     assemble = kernels * geo.n / 1e9 * d.gflop + kernels * item_bytes / MB * d.kernel_mb
     convolve = kernels * positions / 1e9 * d.gflop
     if order == "grouped":
-        size = kernels * item_bytes / MB
-        return assemble + convolve + size * (d.cached_mb if size <= d.cache_mb else d.reorder_mb) + 4 * d.call
+        size = kernels * item_bytes
+        reorder = size / MB * (d.reorder_mb if size <= LIMIT_BYTES else d.fresh_mb)
+        return assemble + convolve + reorder + (4 + geo.batch) * d.call
     if order == "batched":
         patches = batch * k * q * positions * item_bytes / MB if patches_are_copies(geo) else 0
         # every product but the first adds to the output in memory

@@ -9,9 +9,9 @@ import torch
 from .geometry import full_alpha, live_alpha, pad, patches, patches_are_copies, unpatches
 from .scratch import scratch
 
-# assembled kernels and patches are made in pieces of this many bytes, which stay in a CPU's cache and in memory that
-# malloc hands out again; fresh pages cost as much as the arithmetic
-KERNEL_BYTES = 8 << 20
+# assembled kernels and patches are made in pieces of this many bytes, in memory that is handed on; smaller ones fit the
+# cache, but every piece is a call per tap, and calls wait for all threads
+KERNEL_BYTES = 32 << 20
 PATCH_BYTES = 16 << 20
 # output positions up to which products have positions as rows, whatever the layout of the input
 SMALL_MAP = 64
@@ -224,7 +224,7 @@ def batched_backward(dy, x, alpha, cells, geo, needs):
     wide = x.new_empty(0, dtype=torch.float32) if low else x
 
     dy = dy.reshape(batch, g_out, c_out, positions)
-    dx = empty_like_layout(x, geo.c_in, x.shape[2:]) if needs[0] else None
+    dx = []
     dalpha = alpha.new_empty(alpha.shape) if needs[1] else None
     dcells = wide.new_empty(geo.n, c_out * q) if needs[2] else None
     samples, tiles = _pieces(x, alpha, geo)
@@ -272,11 +272,10 @@ def batched_backward(dy, x, alpha, cells, geo, needs):
                 else:
                     target += rows.t() @ dkernels
         if needs[0]:
-            dx[b0:b1] = unpatches(dcols, geo, layout, (b, *x.shape[1:]))
+            dx.append(unpatches(dcols, geo, layout, (b, *x.shape[1:])))
         if needs[1]:
             dalpha[b0:b1] = drows.view(geo.taps, geo.g_in, b, g_out, geo.n).permute(2, 0, 3, 1, 4)
-    if needs[0]:
-        dx = dx.reshape(x_shape)
+    dx = (dx[0] if len(dx) == 1 else torch.cat(dx)).reshape(x_shape).to(x.dtype) if needs[0] else None
     if needs[1]:
         dalpha = full_alpha(_unfold_alpha(dalpha, geo), geo)
     if needs[2]:
