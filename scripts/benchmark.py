@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from models import build_model, read_config
+from models import ConfigError, build_model, read_config
 from models.build import parse_name
 from models.ops.mixture_conv import forced_order
 
@@ -198,7 +198,10 @@ def compare_layers(config, batch, size, args):
 def main():
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    config = {"model": "convnext_tiny", **read_config(args.kw_config)}
+    try:
+        config = {"model": "convnext_tiny", **read_config(args.kw_config)}
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     sizes = args.input_size if len(args.input_size) > 1 else args.input_size * len(args.batch_size)
     if len(sizes) != len(args.batch_size):
         sys.exit("error: --input_size takes one value, or one for every --batch_size")

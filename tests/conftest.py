@@ -1,5 +1,10 @@
 """Options and fixtures of all tests."""
 
+import os
+
+# threads that wait by spinning starve the processes that a test starts; read when torch is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
