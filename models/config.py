@@ -466,8 +466,8 @@ def _check_scalar(option: Option, value: Any, where: str) -> Any:
     else:
         fits = type(value) is option.type
     if fits and option.type in (int, float):
-        # a huge integer has no float value, and the bounds of no option reach that far
-        fits = abs(value) < 2**63 and math.isfinite(value)
+        # a huge integer has no float value; isfinite() would raise
+        fits = abs(value) < (2**63 if option.type is int else 1e300) and math.isfinite(value)
         fits = fits and (option.low is None or value >= option.low) and (option.high is None or value <= option.high)
         fits = fits and (option.above is None or value > option.above)
     if fits and option.type is str:
