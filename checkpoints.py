@@ -4,12 +4,10 @@ A checkpoint is a dict of tensors, numbers, strings, lists and dicts: `model`, `
 `epoch`, `temperature`, `best` (accuracies), `rng` (of every process), `args`, `versions`, `world_size`, `format`.
 """
 
-import argparse
 import os
 import random
 import re
 import sys
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -129,10 +127,7 @@ def read(path: str | Path) -> dict:
         if str(path).startswith(("http://", "https://")):
             content = torch.hub.load_state_dict_from_url(str(path), map_location="cpu", weights_only=True)
         else:
-            # released checkpoints keep their options in this plain record
-            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                content = read_checkpoint(path)
+            content = read_checkpoint(path)
     except Exception as error:
         # a damaged file makes its readers raise anything
         text = " ".join(str(error).split()) or type(error).__name__

@@ -378,7 +378,7 @@ def make_loaders(args, given: dict, process) -> Loaders:
             "correct it, or leave it out to take it from the data"
         )
 
-    workers = min(args.num_workers, max(1, len(os.sched_getaffinity(0)) // process.local_world))
+    workers = min(args.num_workers, max(1, cores() // process.local_world))
     if workers < args.num_workers and "num_workers" in given:
         log(f"num_workers {args.num_workers} reduced to {workers}, the cores of each process")
     common = {
@@ -410,6 +410,11 @@ def make_loaders(args, given: dict, process) -> Loaders:
             sampler = EvalSampler(len(eval_data), rank, world)
         loaders.evaluation = DataLoader(eval_data, sampler=sampler, generator=_own_generator(args), **common)
     return loaders
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _own_generator(args) -> torch.Generator:

@@ -11,7 +11,8 @@ import os
 import sys
 import time
 
-from models.config import MODEL_KEYS, ConfigError, parse_command_line
+from models.config import ConfigError, parse_command_line
+from models.options import MODEL_KEYS
 
 
 def main(argv: list[str] | None = None) -> int:

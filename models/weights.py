@@ -4,6 +4,7 @@ A released model names its layers after torchvision (MobileNetV2) or the origina
 its warehouses; timm's names are used here.  The foreign names pass through one function, `released_keys`.
 """
 
+import argparse
 import pickle
 import re
 import zipfile
@@ -110,7 +111,9 @@ def read_checkpoint(path):
                 damaged = archive.testzip()
             if damaged:
                 raise ValueError(f"checkpoint '{path}' is damaged (checksum of {damaged}); use another copy")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # released checkpoints keep their options in this plain record
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
             raise ValueError(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from models.config import MODEL_KEYS, OPTIONS, ConfigError, parse_command_line, read_config
+from models.config import ConfigError, parse_command_line, read_config
+from models.options import MODEL_KEYS, OPTIONS
 
 DATA = Path(__file__).parent / "data"
 RELEASED = json.loads((DATA / "released_options.json").read_text())

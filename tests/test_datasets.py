@@ -13,7 +13,8 @@ from torchvision import transforms
 
 import datasets
 from datasets import EvalSampler, SeededData, TrainSampler, UnreadableImage, make_data, make_transform, read_image
-from models.config import OPTIONS, ConfigError
+from models.config import ConfigError
+from models.options import OPTIONS
 from utils import Process
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from engine import NonFiniteLoss, amp_dtype, evaluate, temperature_at, train_one_epoch
 from models import build_model, get_temperature, set_temperature
-from models.config import OPTIONS
+from models.options import OPTIONS
 from optim_factory import Schedule, create_optimizer
 from utils import Process
 

@@ -9,7 +9,7 @@ import torch
 from helpers import KW
 
 from models import build_model, warehouse_layers
-from models.config import OPTIONS
+from models.options import OPTIONS
 from optim_factory import Schedule, create_optimizer, parameter_groups
 
 
