@@ -73,7 +73,7 @@ def build_model(config, num_classes=1000, **overrides):
         if type(model).__name__ != "EfficientNet":
             raise ConfigError(f"model '{config['model']}': {method} is defined for MobileNetV2 only, use kw_{backbone}")
         warehouses = explicit(model)
-    for key in ("attention_function", "attention_init"):
+    for key in ("attention_function", "attention_init", "cell_sharing"):
         if config.get(key) is not None:
             settings[key] = config[key]
     return convert(

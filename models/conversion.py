@@ -71,6 +71,7 @@ def convert(
     norm="batch",
     attention_function="caf",
     attention_init="one-to-one",
+    cell_sharing=True,
     keep_weights=False,
     **settings,
 ):
@@ -133,6 +134,7 @@ def convert(
                 norm=norm,
                 attention_function=attention_function,
                 attention_init=attention_init,
+                cell_sharing=cell_sharing,
             )
     for layer, module in replaced.items():
         static = modules[layer]

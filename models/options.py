@@ -110,6 +110,9 @@ OPTIONS: dict[str, Option] = {
             "initial relation of cells and mixtures (Table 13)",
             choices=("one-to-one", "all-to-one", "none", "k-to-one", "one-to-k"),
         ),
+        cell_sharing=Option(
+            bool, True, "mixtures share the cells of their warehouse; false: each has its own (Table 6)"
+        ),
         warehouses=Option(dict, None, "explicit warehouses: name -> layers and settings"),
         drop_path=Option(float, 0.0, "stochastic depth rate", **_SHARE),
         block_drop_path=Option(

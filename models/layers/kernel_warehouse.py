@@ -22,6 +22,7 @@ class KWAttention(nn.Module):
     zero cell, which takes part in the normalisation only.  attention_function: "caf" (z / sum |z|), or those of
     Table 8: "softmax", "sigmoid", "relu" (max(z, 0) / sum |z|).
     nonlocal_basis_ratio < 1 predicts the logits of the cells of other layers from a smaller basis.
+    cell_sharing=False gives a mixture no cell but its own and the zero cell (Table 6, "without sharing"; b = 1 only).
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class KWAttention(nn.Module):
         attention_function="caf",
         use_temperature=True,
         nonlocal_basis_ratio=1.0,
+        cell_sharing=True,
         device=None,
         dtype=None,
     ):
@@ -51,8 +53,11 @@ class KWAttention(nn.Module):
         hidden = max(int(in_channels * reduction), 16)
         self.fc1 = nn.Linear(in_channels, hidden, bias=norm == "layer", **kwargs)
         self.norm1 = (nn.BatchNorm1d if norm == "batch" else nn.LayerNorm)(hidden, **kwargs)
-        logits = self.m * (self.n + 1)
-        if nonlocal_basis_ratio >= 1.0:
+        # without sharing: the two cells [m, 2] of every mixture
+        own = None if cell_sharing else self._own_cell_of_each(device)
+        self.register_buffer("only", own, persistent=False)
+        logits = self.m * (self.n + 1 if cell_sharing else 2)
+        if nonlocal_basis_ratio >= 1.0 or not cell_sharing:
             self.basis = 0
             self.fc2 = nn.Linear(hidden, logits, **kwargs)
         else:
@@ -66,6 +71,16 @@ class KWAttention(nn.Module):
         self.register_buffer("beta", beta.to(**kwargs) if use_temperature else None, persistent=False)
         self.register_buffer("temperature", torch.zeros((), **kwargs), persistent=False)
         self.reset_parameters()
+
+    def _own_cell_of_each(self, device):
+        first, last = self.own_cells
+        if last - first != self.m:
+            raise ValueError(
+                f"cell_sharing false needs one cell for every mixture, not {last - first} for {self.m}; "
+                "use cell_num_ratio 1"
+            )
+        own = torch.arange(first, last, device=device)
+        return torch.stack([own, torch.full_like(own, self.n)], dim=1)
 
     def reset_parameters(self):
         for name, parameter in self.named_parameters():
@@ -88,6 +103,11 @@ class KWAttention(nn.Module):
             other = self.fc3(basis)
             z = torch.cat([other[..., :first], own, other[..., first:], zero], dim=2)
             z = z + self.basis_bias.view(self.m, self.n + 1)
+        if self.only is not None:
+            # cells of other mixtures get logits that every attention function turns into 0
+            fill = 0.0 if self.attention_function in ("caf", "relu") else float("-inf")
+            z = z.view(-1, self.m, 2)
+            return z.new_full((len(z), self.m, self.n + 1), fill).scatter(2, self.only.expand_as(z), z)
         return z.view(-1, self.m, self.n + 1)
 
     def _normalise_single(self, hidden):
@@ -191,6 +211,7 @@ class _KWConvNd(_KWLayer):
         attention_function="caf",
         attention_init="one-to-one",
         nonlocal_basis_ratio=1.0,
+        cell_sharing=True,
         device=None,
         dtype=None,
     ):
@@ -221,6 +242,7 @@ class _KWConvNd(_KWLayer):
             norm=norm,
             attention_function=attention_function,
             nonlocal_basis_ratio=nonlocal_basis_ratio,
+            cell_sharing=cell_sharing,
         )
 
     def forward(self, x):
@@ -251,7 +273,7 @@ class KWConv1d(_KWConvNd):
 
     warehouse: a `Warehouse` that was made for a kernel [C_out, C_in / groups, *K] named `layer`, registered by the
     caller (once, at the root of the model); None gives the layer one of its own.  reduction, norm ("batch" or
-    "layer"), attention_function, attention_init and nonlocal_basis_ratio: see `KWAttention` and `Warehouse`.
+    "layer"), attention_function, attention_init, nonlocal_basis_ratio, cell_sharing: see `KWAttention`, `Warehouse`.
     Raises ValueError for sizes that do not fit.
     """
 
@@ -296,6 +318,7 @@ class KWLinear(_KWLayer):
         attention_function="caf",
         attention_init="one-to-one",
         nonlocal_basis_ratio=1.0,
+        cell_sharing=True,
         device=None,
         dtype=None,
     ):
@@ -314,6 +337,7 @@ class KWLinear(_KWLayer):
             norm=norm,
             attention_function=attention_function,
             nonlocal_basis_ratio=nonlocal_basis_ratio,
+            cell_sharing=cell_sharing,
         )
 
     def forward(self, x):
