@@ -8,6 +8,7 @@ not shrink the greatest common divisors of all others (Table 15).
 
 import fnmatch
 import re
+from collections import Counter
 
 from torch import nn
 
@@ -42,17 +43,20 @@ def resnet_plan(model):
 
 def mobilenetv2_plan(model):
     """MobileNetV2: all convolutions; depth-wise, expanding and projecting ones apart."""
-    plan = [("conv_stem", "stage0_conv0")]
+    plan, numbers = [("conv_stem", "stage0_conv0")], Counter()
     for stage, blocks in enumerate(model.blocks):
         for index, block in enumerate(blocks):
+            # the first block of a stage is reassigned to the stage before
             home = max(stage if index == 0 else stage + 1, 1)
             parts = {"conv_pw": "pwconv0", "conv_dw": "dwconv0", "conv_pwl": "pwconv1"}
             if not hasattr(block, "conv_pwl"):
                 # without expansion the block is depth-wise, then projecting
                 parts = {"conv_dw": "dwconv0", "conv_pw": "pwconv1"}
             for layer, part in parts.items():
-                plan.append((f"blocks.{stage}.{index}.{layer}", f"stage{home}_layer{index}_{part}"))
-    return [*plan, ("conv_head", f"stage{len(model.blocks) - 1}_layer0_pwconv1")]
+                plan.append((f"blocks.{stage}.{index}.{layer}", f"stage{home}_layer{numbers[home]}_{part}"))
+            numbers[home] += 1
+    last = len(model.blocks) - 1
+    return [*plan, ("conv_head", f"stage{last}_layer{numbers[last]}_pwconv1")]
 
 
 def convnext_plan(model, stages=None):
