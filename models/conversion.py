@@ -122,6 +122,10 @@ def convert(
             dtype=first.dtype,
             **{key: own[key] for key in WAREHOUSE_SETTINGS if key not in ("reduction", "nonlocal_basis_ratio")},
         )
+    # a module may stand in several places, and is replaced in all of them
+    modules_at, paths = dict(model.named_modules(remove_duplicate=False)), {}
+    for path, module in modules_at.items():
+        paths.setdefault(id(module), []).append(path)
     replaced = {}
     for name, layers in groups.items():
         for layer in layers:
@@ -143,8 +147,9 @@ def convert(
         if keep_weights:
             _keep(module, static)
         module.train(static.training)
-        parent, _, child = layer.rpartition(".")
-        setattr(modules[parent], child, module)
+        for path in paths[id(static)]:
+            parent, _, child = path.rpartition(".")
+            setattr(modules_at[parent], child, module)
     model.warehouses = nn.ModuleDict(made)
     model.conversion = {layer: name for name, layers in groups.items() for layer in layers}
     return model

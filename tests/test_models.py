@@ -328,6 +328,14 @@ def test_explicit_warehouses():
     assert net(image()).shape == (2, 5)
 
 
+def test_a_module_in_two_places_is_replaced_in_both():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), conv, nn.ReLU(), conv, nn.Flatten(), nn.Linear(4 * 32 * 32, 5))
+    convert(net)
+    assert net[1] is net[3] is not conv and list(net.conversion) == ["1"]
+    assert net(image()).shape == (2, 5)
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [

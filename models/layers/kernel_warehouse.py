@@ -142,7 +142,19 @@ class KWAttention(nn.Module):
 class _KWLayer(nn.Module):
     """What convolutions and linear layers share: a warehouse, an attention, a bias."""
 
-    def _setup(self, in_channels, kernel_shape, bias, warehouse, layer, device, dtype, attention_init, **attention):
+    def _setup(
+        self,
+        in_channels,
+        kernel_shape,
+        bias,
+        warehouse,
+        layer,
+        device,
+        dtype,
+        *,
+        attention_init="one-to-one",
+        **attention,
+    ):
         if warehouse is None:
             warehouse = Warehouse({"": kernel_shape}, device=device, dtype=dtype)
             self.own_warehouse, layer = warehouse, ""
@@ -206,14 +218,9 @@ class _KWConvNd(_KWLayer):
         *,
         warehouse=None,
         layer="",
-        reduction=1 / 16,
-        norm="batch",
-        attention_function="caf",
-        attention_init="one-to-one",
-        nonlocal_basis_ratio=1.0,
-        cell_sharing=True,
         device=None,
         dtype=None,
+        **attention,
     ):
         super().__init__()
         if in_channels % groups or out_channels % groups:
@@ -229,21 +236,8 @@ class _KWConvNd(_KWLayer):
                 raise ValueError("padding 'same' needs stride 1 and odd kernels; give the padding in numbers")
             padding = [size // 2 for size in sizes]
         self.padding = _tuple(padding, self.dims, "padding")
-        self._setup(
-            in_channels,
-            (out_channels, in_channels // groups, *self.kernel_size),
-            bias,
-            warehouse,
-            layer,
-            device,
-            dtype,
-            attention_init,
-            reduction=reduction,
-            norm=norm,
-            attention_function=attention_function,
-            nonlocal_basis_ratio=nonlocal_basis_ratio,
-            cell_sharing=cell_sharing,
-        )
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self._setup(in_channels, shape, bias, warehouse, layer, device, dtype, **attention)
 
     def forward(self, x):
         alpha = self.attention(_pool(x.flatten(2), dim=2))
@@ -272,9 +266,9 @@ class KWConv1d(_KWConvNd):
     """`nn.Conv1d` whose kernel is mixed per sample from a warehouse: [B, C_in, L] -> [B, C_out, L'].
 
     warehouse: a `Warehouse` that was made for a kernel [C_out, C_in / groups, *K] named `layer`, registered by the
-    caller (once, at the root of the model); None gives the layer one of its own.  reduction, norm ("batch" or
-    "layer"), attention_function, attention_init, nonlocal_basis_ratio, cell_sharing: see `KWAttention`, `Warehouse`.
-    Raises ValueError for sizes that do not fit.
+    caller (once, at the root of the model); None gives the layer one of its own.  attention: `attention_init` (see
+    `Warehouse.initial_attention`), and of `KWAttention` reduction, norm, attention_function, nonlocal_basis_ratio and
+    cell_sharing.  Raises ValueError for sizes that do not fit.
     """
 
     dims = 1
@@ -313,32 +307,14 @@ class KWLinear(_KWLayer):
         *,
         warehouse=None,
         layer="",
-        reduction=1 / 16,
-        norm="batch",
-        attention_function="caf",
-        attention_init="one-to-one",
-        nonlocal_basis_ratio=1.0,
-        cell_sharing=True,
         device=None,
         dtype=None,
+        **attention,
     ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self._setup(
-            in_features,
-            (out_features, in_features, 1),
-            bias,
-            warehouse,
-            layer,
-            device,
-            dtype,
-            attention_init,
-            reduction=reduction,
-            norm=norm,
-            attention_function=attention_function,
-            nonlocal_basis_ratio=nonlocal_basis_ratio,
-            cell_sharing=cell_sharing,
-        )
+        shape = (out_features, in_features, 1)
+        self._setup(in_features, shape, bias, warehouse, layer, device, dtype, **attention)
 
     def forward(self, x):
         tokens = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
