@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouse
+from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouse, Warehouses
 from .plans import default_plan, explicit, group, share
 
 WAREHOUSE_SETTINGS = {
@@ -150,7 +150,7 @@ def convert(
         for path in paths[id(static)]:
             parent, _, child = path.rpartition(".")
             setattr(modules_at[parent], child, module)
-    model.warehouses = nn.ModuleDict(made)
+    model.warehouses = Warehouses(made)
     model.conversion = {layer: name for name, layers in groups.items() for layer in layers}
     return model
 

@@ -328,6 +328,10 @@ def test_explicit_warehouses():
     assert net(image()).shape == (2, 5)
 
 
+def circular(_):
+    return nn.Conv2d(4, 4, 3, padding_mode="circular")
+
+
 def test_a_module_in_two_places_is_replaced_in_both():
     conv = nn.Conv2d(4, 4, 3, padding=1)
     net = nn.Sequential(nn.Conv2d(3, 4, 1), conv, nn.ReLU(), conv, nn.Flatten(), nn.Linear(4 * 32 * 32, 5))
@@ -348,7 +352,7 @@ def test_a_module_in_two_places_is_replaced_in_both():
         (lambda: convert(nn.ReLU()), ["no convolution"]),
         (lambda: convert(convert(OwnNet())), ["already"]),
         (lambda: convert(OwnNet(), sharing_range=["layers"]), ["layers", "pwconv"]),
-        (lambda: convert(nn.Sequential(*3 * [nn.Conv2d(4, 4, 3, padding_mode="circular")])), ["circular"]),
+        (lambda: convert(nn.Sequential(*map(circular, range(3)))), ["'1'", "circular"]),
         (lambda: build_model({"model": "kw_resnet8"}), ["kw_resnet8", "kw_resnet18"]),
         (lambda: build_model({"model": "kw1d2x_resnet18"}), ["MobileNetV2", "kw_resnet18"]),
         (lambda: build_model({**SMALL["resnet18"], "cell_inplane_ratio": 0.3}), ["stage0", "layer1.0.conv1", "0.3"]),

@@ -170,3 +170,11 @@ class Warehouse(nn.Module):
     def extra_repr(self):
         shape = "x".join(map(str, self.cells.shape[1:]))
         return f"n={self.n}, cell={shape}, m_t={sum(self.mixtures.values())}, layers={len(self.mixtures)}"
+
+
+class Warehouses(nn.ModuleDict):
+    """The warehouses of a model, by name, at its root."""
+
+    def forward(self, x):
+        """x as it is: where the root is an `nn.Sequential`, all its children are called."""
+        return x
