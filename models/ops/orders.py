@@ -13,6 +13,8 @@ from .scratch import scratch
 # cache, but every piece is a call per tap, and calls wait for all threads
 KERNEL_BYTES = 32 << 20
 PATCH_BYTES = 16 << 20
+# columns of a warehouse that a product on the CPU takes at a time: wider ones are up to 1.7 times as slow
+COLUMNS = 1 << 14
 # output positions up to which products have positions as rows, whatever the layout of the input
 SMALL_MAP = 64
 # numbers of a cell from which on a copy of the warehouse costs more than one product per cell
@@ -32,6 +34,51 @@ def empty_like_layout(x, channels, out):
     return x.new_empty(x.shape[0], channels, *out)
 
 
+def _chunks(batch, item_bytes, limit):
+    step = max(1, min(batch, limit // max(item_bytes, 1)))
+    return [(i, min(i + step, batch)) for i in range(0, batch, step)]
+
+
+# --- the products with the warehouse ----------------------------------------------------------------------------------
+
+
+def _columns(cells):
+    """Ranges of the columns of a warehouse [n, N] that one product takes."""
+    width = cells.shape[1]
+    return _chunks(width, 1, COLUMNS if cells.device.type == "cpu" else width)
+
+
+def _mix(rows, cells, out):
+    """out [r, N] = rows [r, n] @ cells [n, N]."""
+    for a, b in _columns(cells):
+        torch.mm(rows, cells[:, a:b], out=out[:, a:b])
+
+
+def _unmix(dkernels, rows, cells, drows, dcells, first):
+    """Gradients of `_mix` from dkernels [r, N]: added to drows [n, r], and to dcells [n, N] unless it is the first."""
+    for a, b in _columns(cells):
+        part = dkernels[:, a:b]
+        if drows is not None:
+            _accumulate(drows, cells[:, a:b], part.t(), False)
+        if dcells is not None:
+            _accumulate(dcells[:, a:b], rows.t(), part, first)
+
+
+def _accumulate(total, a, b, first):
+    """total += a @ b, or = for the first; total may be of a wider type."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
+
+
+def _wide(x):
+    """An empty tensor of the type in which sums over x are kept."""
+    return x.new_empty(0, dtype=torch.float32) if x.dtype in LOW_PRECISION else x
+
+
 # --- assemble, then a library convolution -----------------------------------------------------------------------------
 
 
@@ -49,7 +96,7 @@ def _assemble(alpha, cells, geo):
     """Kernels of all samples, [B, O, C, *K]."""
     shape = (alpha.shape[0], geo.taps, geo.g_out, geo.g_in, *geo.cell)
     kernels, rows = scratch("kernels", shape, cells), alpha.reshape(-1, geo.n)
-    torch.mm(rows, cells.reshape(geo.n, -1), out=kernels.view(rows.shape[0], -1))
+    _mix(rows, cells.reshape(geo.n, -1), kernels.view(rows.shape[0], -1))
     kernels = kernels.permute(0, 2, 4, 3, 5, 1, *range(6, len(shape)))
     kernels = scratch("permuted kernels", kernels.shape, cells).copy_(kernels)
     return kernels.view(geo.batch, -1, geo.c_in, *geo.kernel)
@@ -107,10 +154,12 @@ def grouped_backward(dy, x, alpha, cells, geo, needs):
         dkernels = dkernels.view(geo.batch, geo.g_out, geo.cell[0], geo.g_in, geo.cell[1], geo.taps, *window)
         dkernels = dkernels.permute(0, 5, 1, 3, 2, 4, *range(6, 6 + len(window)))
         dkernels = scratch("permuted kernels", dkernels.shape, dkernels).copy_(dkernels).view(-1, cells[0].numel())
-        if needs[1]:
-            dalpha = full_alpha((cells.reshape(geo.n, -1) @ dkernels.t()).t(), geo)
-        if needs[2]:
-            dcells = (live.reshape(-1, geo.n).t() @ dkernels).view(cells.shape)
+        flat, rows = cells.reshape(geo.n, -1), live.reshape(-1, geo.n)
+        drows = _wide(x).new_zeros(geo.n, rows.shape[0]) if needs[1] else None
+        total = _wide(x).new_empty(flat.shape) if needs[2] else None
+        _unmix(dkernels, rows, flat, drows, total, True)
+        dalpha = full_alpha(drows.t(), geo).to(alpha.dtype) if needs[1] else None
+        dcells = total.view(cells.shape).to(cells.dtype) if needs[2] else None
     return dx, dalpha, dcells
 
 
@@ -133,11 +182,6 @@ def _unfold_alpha(grad, geo):
     if geo.groups == 1:
         return grad
     return grad.unflatten(0, (-1, geo.groups)).transpose(1, 2).flatten(2, 3)
-
-
-def _chunks(batch, item_bytes, limit):
-    step = max(1, min(batch, limit // max(item_bytes, 1)))
-    return [(i, min(i + step, batch)) for i in range(0, batch, step)]
 
 
 # --- assemble, then batched matrix products ---------------------------------------------------------------------------
@@ -187,7 +231,7 @@ def batched_forward(x, alpha, cells, geo):
         for t0, t1 in tiles:
             size = g_out * (t1 - t0)
             kernels = scratch("kernels", (taps, b, size, q), x)
-            torch.mm(rows, flat[:, t0:t1].reshape(geo.n, -1), out=kernels.view(rows.shape[0], -1))
+            _mix(rows, flat[:, t0:t1].reshape(geo.n, -1), kernels.view(rows.shape[0], -1))
             if low and taps > 1:
                 # one product, since a sum over products would be rounded once per tap
                 kernels = kernels.permute(1, 2, 0, 3).reshape(1, b, size, taps * q)
@@ -221,7 +265,7 @@ def batched_backward(dy, x, alpha, cells, geo, needs):
     taps, positions = geo.taps * geo.g_in, geo.positions
     layout = "kbpq" if by_rows else "kbqp"
     low = x.dtype in LOW_PRECISION
-    wide = x.new_empty(0, dtype=torch.float32) if low else x
+    wide = _wide(x)
 
     dy = dy.reshape(batch, g_out, c_out, positions)
     dx = []
@@ -235,14 +279,14 @@ def batched_backward(dy, x, alpha, cells, geo, needs):
             cols = patches(x[b0:b1], geo, layout)
             if not by_rows:
                 cols = cols.transpose(2, 3)
-        dcols = drows = None
+        dcols, drows = None, wide.new_zeros(geo.n, rows.shape[0]) if needs[1] else None
         for t0, t1 in tiles:
             size = t1 - t0
             tile = flat[:, t0:t1].reshape(geo.n, -1)
             dpart = dy[b0:b1, :, t0:t1].reshape(b, g_out * size, positions)
             if needs[0]:
                 kernels = scratch("kernels", (taps, b, g_out * size, q), x)
-                torch.mm(rows, tile, out=kernels.view(rows.shape[0], -1))
+                _mix(rows, tile, kernels.view(rows.shape[0], -1))
                 first = dcols is None
                 if first:
                     shape = (taps, b, positions, q) if by_rows else (taps, b, q, positions)
@@ -259,22 +303,12 @@ def batched_backward(dy, x, alpha, cells, geo, needs):
                 dkernels = scratch("kernel gradients", (taps, b, g_out * size, q), x)
                 for k in range(taps):
                     torch.bmm(dpart, cols[k], out=dkernels[k])
-                dkernels = dkernels.view(-1, size * q)
-            if needs[1]:
-                part = (tile @ dkernels.t()).t()
-                drows = part.to(wide.dtype) if drows is None else drows.add_(part)
-            if needs[2]:
-                target = dcells[:, t0 * q : t1 * q]
-                if not low:
-                    target.addmm_(rows.t(), dkernels, beta=0 if b0 == 0 else 1)
-                elif b0 == 0:
-                    target.copy_(rows.t() @ dkernels)
-                else:
-                    target += rows.t() @ dkernels
+                target = dcells[:, t0 * q : t1 * q] if needs[2] else None
+                _unmix(dkernels.view(-1, size * q), rows, tile, drows, target, b0 == 0)
         if needs[0]:
             dx.append(unpatches(dcols, geo, layout, (b, *x.shape[1:])))
         if needs[1]:
-            dalpha[b0:b1] = drows.view(geo.taps, geo.g_in, b, g_out, geo.n).permute(2, 0, 3, 1, 4)
+            dalpha[b0:b1] = drows.t().reshape(geo.taps, geo.g_in, b, g_out, geo.n).permute(2, 0, 3, 1, 4)
     dx = (dx[0] if len(dx) == 1 else torch.cat(dx)).reshape(x_shape).to(x.dtype) if needs[0] else None
     if needs[1]:
         dalpha = full_alpha(_unfold_alpha(dalpha, geo), geo)
