@@ -19,10 +19,10 @@ def benchmark(*arguments, **env):
     )
 
 
-# At least 1.5 and 10 on an idle machine; a busy one slows the two unequally.
-@pytest.mark.parametrize(("batch", "size", "factor"), [(8, 224, 1.15), (64, 32, 6)])
-def test_faster_than_naive(batch, size, factor):
-    result = benchmark("--batch_size", str(batch), "--input_size", str(size), "--repeats", "2")
+# 1.5 to 1.9 and 14 to 18 were measured on two free cores; a busy machine slows the two unequally.
+@pytest.mark.parametrize(("batch", "size", "repeats", "factor"), [(8, 224, 3, 1.1), (64, 32, 1, 8)])
+def test_faster_than_naive(batch, size, repeats, factor):
+    result = benchmark("--batch_size", str(batch), "--input_size", str(size), "--repeats", str(repeats))
     assert result.returncode == 0, result.stderr
     ratios = [float(r) for r in re.findall(r"naive .* ours is +([\d.]+) x", result.stdout)]
     assert len(ratios) == 2 and min(ratios) >= factor, result.stdout

@@ -21,7 +21,8 @@ from models.ops.orders import ORDERS
 from models.weights import released_keys
 
 DATA = json.loads(gzip.decompress((Path(__file__).parent / "data/kernelwarehouse.json.gz").read_bytes()))
-DYNAMIC = [name for name in DATA if name.startswith("kw")]
+# the largest one last
+DYNAMIC = sorted((name for name in DATA if name.startswith("kw")), key=lambda name: DATA[name]["params"])
 SMALL = ["kw1x_resnet18", "kw1d2x_resnet18", "kw1d2x_mobilenetv2_050", "kw1x_mobilenetv2_050"]
 
 
@@ -99,8 +100,8 @@ def test_temperature(name, temperature):
     compare(name, temperature)
 
 
-@pytest.mark.parametrize("name", DYNAMIC)
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", [*DYNAMIC[:-1], pytest.param(DYNAMIC[-1], marks=pytest.mark.slow)])
 def test_order(order, name):
     compare(name, last_temperature(name), order)
 

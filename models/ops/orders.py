@@ -367,7 +367,9 @@ def mixed_backward(dy, x, alpha, cells, geo, needs):
         if one:
             dcells = (dy.t() @ z.transpose(0, 1).reshape(z.shape[1], -1)).view(c_out, geo.n, geo.q).transpose(0, 1)
         else:
-            dcells = torch.stack([dy.t() @ z[j] for j in range(geo.n)])
+            dcells = flat.new_empty(flat.shape)
+            for j in range(geo.n):
+                torch.mm(dy.t(), z[j], out=dcells[j])
         dcells = dcells.reshape(cells.shape)
     if needs[0] or needs[1]:
         if one:
