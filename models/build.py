@@ -79,8 +79,7 @@ def build_model(config, num_classes=1000, **overrides):
     return convert(
         model,
         warehouses=warehouses,
-        sharing_range=config.get("sharing_range") or (),
-        norm="layer" if type(model).__name__ == "ConvNeXt" else "batch",
+        sharing_range=config.get("sharing_range"),
         **settings,
     )
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouse, Warehouses
-from .plans import default_plan, explicit, group, share
+from .plans import explicit, family, group, share
 
 WAREHOUSE_SETTINGS = {
     "cell_num_ratio": 1.0,
@@ -67,8 +67,8 @@ def convert(
     *,
     plan=None,
     warehouses=None,
-    sharing_range="layer_conv",
-    norm="batch",
+    sharing_range=None,
+    norm=None,
     attention_function="caf",
     attention_init="one-to-one",
     cell_sharing=True,
@@ -77,8 +77,9 @@ def convert(
 ):
     """Give layers of `model` kernels mixed from warehouses, in place, and return the model.
 
-    plan: [(layer, warehouse name), ...]; by default that of the model's family (see `plans.py`), joined by
-    `sharing_range`.  warehouses: explicit ones instead, name -> {"layers": [glob pattern, ...], any setting}.
+    plan: [(layer, warehouse name), ...], joined by `sharing_range`; norm: of the attention, "batch" or "layer".  What
+    is None is that of the model's family (see `plans.py`).  warehouses: explicit ones instead of a plan,
+    name -> {"layers": [glob pattern, ...], any setting}.
     settings: cell_num_ratio, cell_inplane_ratio, cell_outplane_ratio, reduction, nonlocal_basis_ratio,
     spatial_partition; one value, or a list in the order of the warehouses.
     keep_weights: fill the cells with the kernels that they replace (for budgets of 1 and more), so that at
@@ -92,13 +93,16 @@ def convert(
         raise ValueError(f"convert: unknown setting '{unknown[0]}', choose from {', '.join(WAREHOUSE_SETTINGS)}")
     if hasattr(model, "warehouses"):
         raise ValueError("the model has warehouses already; convert a static model, once")
+    own_plan, own_sharing, own_norm = family(model)
+    sharing_range = own_sharing if sharing_range is None else sharing_range
+    norm = own_norm if norm is None else norm
     if warehouses:
         groups = explicit(model, warehouses)
         per = per_warehouse(settings, list(groups))
         for name, own in warehouses.items():
             per[name].update({key: value for key, value in own.items() if key != "layers"})
     else:
-        groups = group(share(default_plan(model) if plan is None else plan, sharing_range))
+        groups = group(share(own_plan(model) if plan is None else plan, sharing_range))
         per = per_warehouse(settings, list(groups))
     if not groups:
         raise ValueError("there is no convolution or linear layer to convert in this model")

@@ -82,12 +82,21 @@ def any_plan(model):
     return [(name, name.replace(".", "_")) for name in layers[1:-1]]
 
 
-def default_plan(model):
-    """The plan of a timm model's family, or `any_plan`."""
-    plans = {"ResNet": resnet_plan, "ConvNeXt": convnext_plan}
-    if type(model).__name__ == "EfficientNet" and hasattr(model, "conv_head") and not _has_squeeze(model):
-        return mobilenetv2_plan(model)
-    return plans.get(type(model).__name__, any_plan)(model)
+# family -> (its plan, what the paper shares in it, the norm of its attention)
+FAMILIES = {
+    "ResNet": (resnet_plan, ["layer", "conv"], "batch"),
+    "MobileNetV2": (mobilenetv2_plan, ["layer", "pwconv"], "batch"),
+    "ConvNeXt": (convnext_plan, ["layer", "conv", "pwconv"], "layer"),
+    "other": (any_plan, [], "batch"),
+}
+
+
+def family(model):
+    """(plan, sharing range, norm of the attention) of a timm model's family, or those of any model."""
+    name = type(model).__name__
+    if name == "EfficientNet" and hasattr(model, "conv_head") and not _has_squeeze(model):
+        name = "MobileNetV2"
+    return FAMILIES.get(name, FAMILIES["other"])
 
 
 def _has_squeeze(model):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models import ConfigError, build_model, convert, get_temperature, load_weights, set_temperature, warehouse_layers
-from models.plans import default_plan, group, share
+from models.plans import family, group, resnet_plan, share
 
 KW = {"reduction": 0.0625, "cell_num_ratio": 1, "cell_inplane_ratio": 1, "cell_outplane_ratio": 1}
 SMALL = {
@@ -250,7 +250,7 @@ def test_mixtures_of_table_14(backbone, sharing, counts):
 
 def test_reassigned_layers_of_table_15():
     model = timm.create_model("resnet18")
-    groups = group(share(default_plan(model), "layer_conv"))
+    groups = group(share(resnet_plan(model), "layer_conv"))
     assert groups["stage0_layer_conv"][-2:] == ["layer2.0.conv1", "layer2.0.downsample.0"]
     assert groups["stage3_layer_conv"] == ["layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2"]
 
@@ -260,6 +260,16 @@ def test_without_sharing_range_every_layer_stands_alone(backbone):
     with torch.device("meta"):
         model = build_model({**KW, "model": f"kw_{backbone}", "sharing_range": []})
     assert all(len(layers) == 1 for layers in warehouse_layers(model).values())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "convnext_atto"])
+def test_a_family_shares_as_in_the_paper(name):
+    with torch.device("meta"):
+        explicit = build_model(SMALL[name])
+        default = convert(timm.create_model(SMALL[name]["model"].removeprefix("kw_")))
+    assert default.conversion == explicit.conversion
+    assert default.state_dict().keys() == explicit.state_dict().keys()
+    assert family(nn.Linear(2, 2))[1:] == ([], "batch")
 
 
 @pytest.mark.parametrize(
