@@ -114,7 +114,7 @@ def convert(
             f"not {per[short[0]]['cell_num_ratio']}"
         )
     # every warehouse first: a ratio that does not divide leaves the model untouched
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     made = {}
     for name, layers in groups.items():
         own = per[name]
@@ -127,8 +127,8 @@ def convert(
             **{key: own[key] for key in WAREHOUSE_SETTINGS if key not in ("reduction", "nonlocal_basis_ratio")},
         )
     # a module may stand in several places, and is replaced in all of them
-    modules_at, paths = dict(model.named_modules(remove_duplicate=False)), {}
-    for path, module in modules_at.items():
+    paths = {}
+    for path, module in modules.items():
         paths.setdefault(id(module), []).append(path)
     replaced = {}
     for name, layers in groups.items():
@@ -153,7 +153,7 @@ def convert(
         module.train(static.training)
         for path in paths[id(static)]:
             parent, _, child = path.rpartition(".")
-            setattr(modules_at[parent], child, module)
+            setattr(modules[parent], child, module)
     model.warehouses = Warehouses(made)
     model.conversion = {layer: name for name, layers in groups.items() for layer in layers}
     return model

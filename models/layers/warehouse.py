@@ -119,12 +119,10 @@ class Warehouse(nn.Module):
 
     def own_cells(self, layer):
         """The range (first, last + 1) of the cells that are assigned to a layer first of all."""
-        i = 0
-        for name, m in self.mixtures.items():
-            if name == layer:
-                return math.floor(self.cell_num_ratio * i + 1e-9), math.floor(self.cell_num_ratio * (i + m) + 1e-9)
-            i += m
-        raise ValueError(f"warehouse '{self.name}' has no layer '{layer}', only {', '.join(self.mixtures)}")
+        if layer not in self.mixtures:
+            raise ValueError(f"warehouse '{self.name}' has no layer '{layer}', only {', '.join(self.mixtures)}")
+        b, before = self.cell_num_ratio, self._mixtures_before(layer)
+        return math.floor(b * before + 1e-9), math.floor(b * (before + self.mixtures[layer]) + 1e-9)
 
     def initial_attention(self, layer, strategy="one-to-one"):
         """beta [m, n + 1] of equation 4, the zero cell last.
@@ -144,7 +142,7 @@ class Warehouse(nn.Module):
         if strategy == "all-to-one":
             beta[:, : self.n] = 1.0
         elif strategy in ("k-to-one", "one-to-k"):
-            start = b * sum(count for count in self._mixtures_before(layer))
+            start = b * self._mixtures_before(layer)
             for j in range(m):
                 first = math.floor(start + b * j + 1e-9)
                 beta[j, first : max(math.floor(start + b * (j + 1) + 1e-9), first + 1)] = 1.0
@@ -153,10 +151,9 @@ class Warehouse(nn.Module):
         return beta
 
     def _mixtures_before(self, layer):
-        for name, m in self.mixtures.items():
-            if name == layer:
-                return
-            yield m
+        """Number of mixtures of the layers that come before one."""
+        names = list(self.mixtures)
+        return sum(self.mixtures[name] for name in names[: names.index(layer)])
 
     @torch.no_grad()
     def reset_parameters(self):
