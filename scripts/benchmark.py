@@ -175,7 +175,7 @@ def compare_layers(config, batch, size, args):
             rest[3] if len(rest) > 3 else 1,
         )
         geo = geometry(x.shape, alpha.shape, cells.shape, kernel, stride, padding, dilation, groups)
-        orders = available_orders(geo)
+        orders = available_orders(geo, x)
         chosen, cells_text = cheapest(geo, orders, x), []
         for order in ("naive", *orders):
 

@@ -8,6 +8,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+from models.ops import fused
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
@@ -33,10 +35,13 @@ def deterministic():
 def poisoned_memory(monkeypatch):
     """Fills fresh memory with NaN, so that an output that is never written shows."""
     # memory that is handed on would hold the numbers of the call before
-    for module in ("orders", "geometry"):
+    for module in ("orders", "geometry", "fused"):
         monkeypatch.setattr(f"models.ops.{module}.scratch", lambda slot, shape, like: like.new_empty(shape))
+    monkeypatch.setattr("models.ops.fused.FLAGS", [*fused.FLAGS, "-DPOISON"])
+    fused.library.cache_clear()
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+    fused.library.cache_clear()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from models.ops.fused import compiler
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--kw_config", "configs/mobilenetv2_050/kw1x_mobilenetv2_050.json", "--batch_size", "2", "--input_size", "32")
 
@@ -19,8 +21,9 @@ def benchmark(*arguments, **env):
     )
 
 
-# 1.5 to 1.9 and 14 to 18 were measured on two free cores; a busy machine slows the two unequally.
-@pytest.mark.parametrize(("batch", "size", "repeats", "factor"), [(8, 224, 3, 1.1), (64, 32, 1, 8)])
+# 1.7 to 2.2 and 20 to 30 were measured on two free cores; a busy machine slows the two unequally.
+@pytest.mark.skipif(compiler() is None, reason="slower without a C++ compiler")
+@pytest.mark.parametrize(("batch", "size", "repeats", "factor"), [(8, 224, 3, 1.4), (64, 32, 1, 10)])
 def test_faster_than_naive(batch, size, repeats, factor):
     result = benchmark("--batch_size", str(batch), "--input_size", str(size), "--repeats", str(repeats))
     assert result.returncode == 0, result.stderr

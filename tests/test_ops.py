@@ -1,15 +1,17 @@
 """Every evaluation order of the mixture convolution against its naive definition."""
 
 import math
+import platform
 import random
 
 import pytest
 import torch
 from tolerance import assert_same, difference
 
-from models.ops import mixture_conv, mixture_conv_naive
+from models.ops import fused, mixture_conv, mixture_conv_naive
 from models.ops.cost import cheapest
 from models.ops.geometry import geometry
+from models.ops.mixture_conv import available_orders
 from models.ops.orders import ORDERS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -57,8 +59,8 @@ def with_gradients(function, tensors, arguments, **kwargs):
 def fitting(order, tensors, arguments):
     kernel, _, stride, padding, dilation, groups = arguments
     geo = geometry(*(t.shape for t in tensors), kernel, stride, padding, dilation, groups)
-    if order != "grouped" and not geo.foldable:
-        pytest.skip("a cell reaches over two groups, which this order cannot evaluate")
+    if order not in available_orders(geo, tensors[0]):
+        pytest.skip("a cell that reaches over two groups or taps, which this order cannot evaluate")
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -81,6 +83,65 @@ def test_order_equals_naive_in_float32(order, seed):
     reference = with_gradients(mixture_conv_naive, exact, (arguments[0], bias, *arguments[2:]))
     for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, order=order), reference, strict=True):
         assert_same(value, expected)
+
+
+# batch, ci, co, Gi, Go, groups, kernel, size: tiles of 16 and 32 channels, chunks of 64, and what is left of them
+TILES = [
+    (9, 16, 32, 1, 1, 1, 3, (7, 7)),
+    (3, 33, 70, 2, 1, 1, 3, (5, 4)),
+    (2, 130, 48, 1, 2, 1, 1, (3, 3)),
+    (8, 64, 129, 1, 1, 2, 3, (2, 2)),
+    (17, 40, 24, 2, 2, 2, 1, (13,)),
+    (1, 72, 80, 1, 1, 1, 2, (4, 3, 5)),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", TILES, ids=str)
+def test_tiles(order, stride, shape):
+    batch, ci, co, g_in, g_out, groups, k, size = shape
+    dims = len(size)
+    x, cells = torch.randn(batch, groups * g_in * ci, *size), torch.randn(5, co, ci, *[1] * dims)
+    alpha = torch.randn(batch, k**dims * groups * g_out * g_in, 5)
+    tensors = [t.double().requires_grad_() for t in (x, alpha, cells)]
+    arguments = ([k] * dims, None, stride, k // 2, 1, groups)
+    reference = with_gradients(mixture_conv_naive, tensors, arguments)
+    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, order=order), reference, strict=True):
+        assert_same(value, expected)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one kind of vectors")
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
+def test_every_width_of_vectors(capability, monkeypatch):
+    if capability not in ("DEFAULT", torch.backends.cpu.get_cpu_capability(), "AVX2"):
+        pytest.skip(f"this processor has no {capability}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for shape in TILES:
+        test_tiles("fused", 1, shape)
+
+
+def test_fused_does_not_depend_on_the_number_of_threads():
+    tensors = [torch.randn(8, 64, 5, 5), torch.randn(8, 18, 6), torch.randn(6, 128, 32, 1, 1)]
+    tensors = [t.requires_grad_() for t in tensors]
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(with_gradients(mixture_conv, tensors, ([3, 3], None, 1, 1, 1, 1), order="fused"))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [(None, ""), ("/bin/false", "non-zero exit status")])
+def test_without_a_compiler(compiler, reason, monkeypatch, recwarn):
+    monkeypatch.setattr(fused, "compiler", lambda: compiler)
+    monkeypatch.setattr(fused, "FLAGS", [*fused.FLAGS, "-DNEVER_COMPILED"])
+    tensors = [torch.randn(8, 256, 7, 7), torch.randn(8, 9, 20), torch.randn(20, 256, 256, 1, 1)]
+    for _ in range(2):
+        y = mixture_conv(*tensors, (3, 3), padding=1)
+    assert_same(y, mixture_conv_naive(*tensors, (3, 3), padding=1))
+    assert len(recwarn) == bool(compiler) and all(reason in str(w.message) for w in recwarn)
+    with pytest.raises(ValueError, match="available: grouped, batched, mixed"):
+        mixture_conv(*tensors, (3, 3), padding=1, order="fused")
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -194,7 +255,7 @@ def test_what_does_not_fit_is_refused(x, alpha, cells, groups, order, message):
 
 @pytest.mark.parametrize(
     ("batch", "channels", "size", "n", "order"),
-    [(8, 512, 7, 27, "batched"), (64, 512, 1, 27, "mixed"), (64, 256, 2, 47, "mixed"), (8, 64, 56, 56, "grouped")],
+    [(8, 512, 7, 27, "fused"), (64, 512, 1, 27, "mixed"), (64, 256, 2, 47, "mixed"), (8, 64, 56, 56, "grouped")],
 )
 def test_order_of_least_cost(batch, channels, size, n, order):
     """The orders that measurement found to be fastest by 1.4 to 70 times for 3x3 convolutions of ResNet18."""

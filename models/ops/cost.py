@@ -3,12 +3,14 @@
 The unit is the microsecond.  Only ratios matter, and the forward and the backward pass scale alike.
 """
 
+import math
 from dataclasses import dataclass
 
 from .geometry import Geometry, patches_are_copies
 from .scratch import LIMIT_BYTES
 
 MB = 1 << 20
+LANES = 16  # of a vector register
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Device:
     fresh_mb: float  # and in fresh memory
     patch_mb: float  # to gather patches
     mixed_mb: float  # to write, permute and read mixed inputs
+    fused_gflop: float  # of the products of compiled tiles
+    fused_mb: float  # to pack tiles of the warehouse, and to turn inputs and outputs around
     call: float  # of one library call
 
 
@@ -28,8 +32,8 @@ class Device:
 # cuda: not measured, set from the memory bandwidth and peak rate of a data-centre GPU, where cuDNN's grouped
 # convolution of one sample's kernel each is the slow part
 DEVICES = {
-    "cpu": Device(8700, 300, 100, 520, 150, 800, 15),
-    "cuda": Device(10, 0.5, 20, 20, 1, 1, 5),
+    "cpu": Device(8700, 300, 100, 520, 150, 800, 10000, 120, 15),
+    "cuda": Device(10, 0.5, 20, 20, 1, 1, math.inf, math.inf, 5),
 }
 
 
@@ -45,12 +49,18 @@ def estimate(order, geo: Geometry, item_bytes, device):
     if order == "grouped":
         size = kernels * item_bytes
         reorder = size / MB * (d.reorder_mb if size <= LIMIT_BYTES else d.fresh_mb)
-        return assemble + convolve + reorder + (4 + geo.batch) * d.call
+        return assemble + convolve + reorder + 4 * (1 + geo.batch) * d.call
     if order == "batched":
         patches = batch * k * q * positions * item_bytes / MB if patches_are_copies(geo) else 0
         # every product but the first adds to the output in memory
         sums = (k - 1) * batch * g_out * c_out * positions * item_bytes / MB
         return assemble + convolve + patches * d.patch_mb + sums * d.patch_mb / 2 + (k + 3) * d.call
+    if order == "fused":
+        # channels fill whole registers, and short products wait for their operands
+        kernels = batch * k * g_out * math.ceil(c_out / LANES) * math.ceil(q / LANES) * LANES**2
+        flops = kernels * (max(positions, 4) + geo.n * max(1, 6 / max(1, batch * g_out * k)))
+        moved = geo.n * c_out * q + batch * positions * (g_out * c_out + geo.g_in * q)
+        return flops / 1e9 * d.fused_gflop + moved * item_bytes / MB * d.fused_mb + 6 * d.call
     mixed = batch * g_out * geo.n * positions * q
     products = mixed * (k + c_out) / 1e9 * d.gflop
     return products + mixed * item_bytes / MB * d.mixed_mb + (geo.n + 4) * d.call

@@ -101,6 +101,18 @@ def geometry(x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, di
     )
 
 
+def is_channels_last(x):
+    """Whether channels are innermost in memory (as in torch.channels_last, in any number of dimensions)."""
+    return x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
+
+
+def empty_like_layout(x, channels, out):
+    """An empty output [B, channels, *out], channels innermost where the input's are."""
+    if is_channels_last(x):
+        return x.new_empty(x.shape[0], *out, channels).movedim(-1, 1)
+    return x.new_empty(x.shape[0], channels, *out)
+
+
 def live_alpha(alpha, geo):
     """alpha [B, m, n] -> [B, T, Go, Gi, n] (a view), without the dead taps."""
     if not geo.per_tap:

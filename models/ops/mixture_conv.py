@@ -6,16 +6,19 @@ import math
 import torch
 
 from .cost import cheapest
-from .geometry import geometry, output_size
+from .fused import fused_available
+from .geometry import geometry, is_channels_last, output_size
 from .naive import mixture_conv_naive
-from .orders import ORDERS, is_channels_last
+from .orders import ORDERS
 
 _forced = None
 
 
-def available_orders(geo):
-    """The orders that can evaluate a call."""
-    return [name for name in ORDERS if name == "grouped" or geo.foldable]
+def available_orders(geo, x):
+    """The orders that can evaluate a call with input x."""
+    return [
+        name for name in ORDERS if name == "grouped" or (fused_available(geo, x) if name == "fused" else geo.foldable)
+    ]
 
 
 @contextlib.contextmanager
@@ -38,8 +41,8 @@ def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, d
     x: [B, C, *S] with one to three spatial dimensions; alpha: [B, m, n]; cells: [n, co, ci, *k], where k is all ones
     or the kernel size; bias: [O] or None.  A kernel [O, C / groups, *kernel_size] is cut into
     m = T * Go * Gi cells (positions, output blocks, input blocks, in this order).
-    order: "grouped", "batched" or "mixed" to force one, or "naive" for the reference; they agree up to rounding, and
-    the cheapest is the default.
+    order: "grouped", "batched", "mixed" or "fused" (compiled, CPU) to force one, or "naive" for the reference; they
+    agree up to rounding, and the cheapest is the default.
     Returns [B, O, *S'], channels innermost where those of x are.  Under autocast in its data type, else in x's.
     Raises ValueError for shapes that do not fit and for an order that cannot evaluate them.
     """
@@ -82,7 +85,7 @@ def _check(x, alpha, cells, kernel_size, groups):
 
 def _geometry_and_order(x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, strict):
     geo = geometry(x.shape, alpha.shape, cells.shape, kernel_size, stride, padding, dilation, groups)
-    available = available_orders(geo)
+    available = available_orders(geo, x)
     if order not in ("auto", *available):
         if strict or order not in ORDERS:
             raise ValueError(f"order '{order}' cannot evaluate this call; available: {', '.join(available)}")

@@ -6,7 +6,17 @@ assembles them again.  x [B, C, *S], alpha [B, m, n], cells [n, co, ci, *k]; let
 
 import torch
 
-from .geometry import full_alpha, live_alpha, pad, patches, patches_are_copies, unpatches
+from .fused import fused_backward, fused_forward
+from .geometry import (
+    empty_like_layout,
+    full_alpha,
+    is_channels_last,
+    live_alpha,
+    pad,
+    patches,
+    patches_are_copies,
+    unpatches,
+)
 from .scratch import scratch
 
 # assembled kernels and patches are made in pieces of this many bytes, in memory that is handed on; smaller ones fit the
@@ -20,18 +30,6 @@ SMALL_MAP = 64
 # numbers of a cell from which on a copy of the warehouse costs more than one product per cell
 LARGE_CELL = 64 * 64
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-
-
-def is_channels_last(x):
-    """Whether channels are innermost in memory (as in torch.channels_last, in any number of dimensions)."""
-    return x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
-
-
-def empty_like_layout(x, channels, out):
-    """An empty output [B, channels, *out], channels innermost where the input's are."""
-    if is_channels_last(x):
-        return x.new_empty(x.shape[0], *out, channels).movedim(-1, 1)
-    return x.new_empty(x.shape[0], channels, *out)
 
 
 def _chunks(batch, item_bytes, limit):
@@ -393,4 +391,5 @@ ORDERS = {
     "grouped": (grouped_forward, grouped_backward),
     "batched": (batched_forward, batched_backward),
     "mixed": (mixed_forward, mixed_backward),
+    "fused": (fused_forward, fused_backward),
 }

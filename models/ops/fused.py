@@ -1,0 +1,264 @@
+"""The order "fused" of the mixture convolution on the CPU: `fused.cpp`, compiled when it is first needed.
+
+A tile of every sample's kernel is mixed and multiplied while it is in the cache.  Needs a C++ compiler (g++ or clang++,
+or the one that CXX names); without one the orders in PyTorch take over.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+from .geometry import empty_like_layout, full_alpha, live_alpha
+from .scratch import scratch
+
+SOURCE = Path(__file__).with_name("fused.cpp")
+HEADER = Path(__file__).with_name("registers.h")
+# in which each type is computed
+TYPES = {torch.float64: torch.float64, **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float32)}
+NAMES = {torch.float32: "float", torch.float64: "double"}
+# not -march=native: nodes of a cluster may differ and still share the folder of compiled files
+FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
+ARCHITECTURES = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
+
+
+# --- the compiled library ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiler():
+    """The C++ compiler, or None."""
+    named = os.environ.get("CXX", "")
+    return next(filter(None, map(shutil.which, (named, "g++", "clang++", "c++"))), None)
+
+
+@functools.cache
+def library(dtype):
+    """The compiled functions for a data type, or None (with a warning, once) where they cannot be built."""
+    flags = [*FLAGS, f"-DREAL={NAMES[dtype]}"]
+    flags += ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability(), [])
+    name = hashlib.sha256("\0".join([SOURCE.read_text(), HEADER.read_text(), *flags]).encode()).hexdigest()[:16] + ".so"
+    try:
+        path = _folder() / name
+        if not path.exists():
+            # processes that compile at the same time each write their own file, and the last one stays
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                part = Path(folder) / name
+                command = [compiler(), *flags, str(SOURCE), "-o", str(part)]
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+                os.replace(part, path)
+        functions = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
+        warnings.warn(
+            f"{SOURCE.name} could not be compiled, slower evaluation orders are used: {' '.join(reason)}", stacklevel=2
+        )
+        return None
+    functions.lanes.restype = functions.parts_of_alpha.restype = ctypes.c_int64
+    return functions
+
+
+def _folder():
+    """Where compiled files are kept: the user's cache, or, where that cannot be written, a folder of this process."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "kernelwarehouse"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder if os.access(folder, os.W_OK) else _own_folder()
+
+
+@functools.cache
+def _own_folder():
+    folder = tempfile.TemporaryDirectory(prefix="kernelwarehouse-")
+    _own_folder.keep = folder  # removed when the process ends
+    return Path(folder.name)
+
+
+def fused_available(geo, x):
+    """Whether the order can evaluate a call."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in TYPES
+        and (geo.per_tap or geo.kernel == (1,) * len(geo.kernel))
+        and geo.foldable
+        and compiler() is not None
+        and library(TYPES[x.dtype]) is not None
+    )
+
+
+# --- a call -----------------------------------------------------------------------------------------------------------
+
+_NUMBERS = "samples g_out g_in taps n c_out c_in positions groups x_image y_image y_step c_out_pad c_in_pad threads"
+
+
+class _Call(ctypes.Structure):
+    """The shapes of a call, as `fused.cpp` reads them."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _NUMBERS.split()),
+        ("position", ctypes.c_void_p),
+        ("tap", ctypes.c_void_p),
+    ]
+
+
+class _Layout:
+    """Arrays of one call: x [B, *S, g * Gi, ci] and y [B, P, g * Go, co], channels filled up to whole vectors."""
+
+    def __init__(self, x, geo):
+        self.geo, self.functions = geo, library(TYPES[x.dtype])
+        self.like = x.new_empty(0, dtype=TYPES[x.dtype])
+        lanes = self.functions.lanes()
+        co, ci = (-(-c // lanes) * lanes for c in geo.cell[:2])
+        # sizes of x with the padding that is seen, which part of it comes from x, and from which part of x
+        sizes, strides, self.inside, self.seen = [], [], (), ()
+        for size, k, s, out, (left, right) in zip(x.shape[2:], geo.kernel, geo.stride, geo.out, geo.pads, strict=True):
+            start, stop = max(-left, 0), size - max(-right, 0)
+            if k == 1 and left <= 0 and right <= 0:
+                # what strides leave out is not copied
+                sizes.append(out), strides.append(1)
+                self.inside += (slice(0, out),)
+                self.seen += (slice(start, stop, s),)
+            else:
+                sizes.append(size + left + right), strides.append(s)
+                self.inside += (slice(start + left, stop + left),)
+                self.seen += (slice(start, stop),)
+        blocks = geo.groups * geo.g_in
+        self.x_shape = (geo.batch, *sizes, blocks, ci)
+        self.y_shape = (geo.batch, geo.positions, geo.g_out, co)
+        self.all_seen = all(
+            part in (slice(0, size), slice(0, size, 1)) for part, size in zip(self.seen, x.shape[2:], strict=True)
+        )
+        position, tap = self.tables = _tables(
+            tuple(sizes), geo.out, tuple(strides), geo.kernel, geo.dilation, blocks * ci
+        )
+        self.call = _Call(
+            samples=geo.batch * geo.groups,
+            g_out=geo.g_out // geo.groups,
+            g_in=geo.g_in,
+            taps=geo.taps,
+            n=geo.n,
+            c_out=geo.cell[0],
+            c_in=geo.cell[1],
+            positions=geo.positions,
+            groups=geo.groups,
+            x_image=math.prod(self.x_shape[1:]),
+            y_image=math.prod(self.y_shape[1:]),
+            y_step=geo.g_out * co,
+            c_out_pad=co,
+            c_in_pad=ci,
+            threads=torch.get_num_threads(),
+            position=position.data_ptr(),
+            tap=tap.data_ptr(),
+        )
+
+    def is_direct(self, rows, shape):
+        """Whether an array of the model is as the compiled functions want it."""
+        return rows.shape == shape and rows.is_contiguous() and rows.dtype == self.like.dtype
+
+    def units(self, alpha):
+        """alpha [B, m, n] -> [B, g * Go, Gi, T, n]: samples, blocks, live taps."""
+        return live_alpha(alpha, self.geo).permute(0, 2, 3, 1, 4).to(self.like.dtype).contiguous()
+
+    def cells(self, cells):
+        if self.is_direct(cells, cells.shape):
+            return cells
+        return scratch("cells", cells.shape, self.like).copy_(cells)
+
+    def _split(self, x):
+        """x [B, g * Gi * ci, *S] as [B, *S, g * Gi, ci], a view."""
+        return x.unflatten(1, (-1, self.geo.cell[1])).movedim((1, 2), (-2, -1))
+
+    def _from_x(self, rows):
+        """The part of rows [B, *S, g * Gi, ci'] that comes from x."""
+        return rows[(slice(None), *self.inside, slice(None), slice(self.geo.cell[1]))]
+
+    def x_rows(self, x):
+        rows = self._split(x)[(slice(None), *self.seen)]
+        if self.is_direct(rows, self.x_shape):
+            return rows
+        padded = scratch("padded", self.x_shape, self.like)
+        if rows.shape != self.x_shape:
+            padded.zero_()
+        self._from_x(padded).copy_(rows)
+        return padded
+
+    def dx(self, rows, x):
+        dx = torch.empty_like(x) if self.all_seen else torch.zeros_like(x)
+        self._split(dx)[(slice(None), *self.seen)] = self._from_x(rows)
+        return dx
+
+    def y_view(self, y):
+        """y [B, O, *P] as [B, P, Go, co], a view where memory allows it."""
+        return y.flatten(2).unflatten(1, (self.geo.g_out, -1)).permute(0, 3, 1, 2)
+
+    def y_rows(self, dy):
+        rows = self.y_view(dy)
+        if self.is_direct(rows, self.y_shape):
+            return rows
+        padded = scratch("rows", self.y_shape, self.like)
+        padded[..., : self.geo.cell[0]] = rows
+        return padded
+
+    def run(self, name, *arrays):
+        pointers = [ctypes.c_void_p(None if array is None else array.data_ptr()) for array in arrays]
+        getattr(self.functions, name)(ctypes.byref(self.call), *pointers)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tables(sizes, out, stride, kernel, dilation, step):
+    """Where in an image every output position begins, and how far from there every tap lies."""
+
+    def offsets(counts, steps):
+        total, line = torch.zeros(1, dtype=torch.int64), step
+        lines = []
+        for size in reversed(sizes):
+            lines.append(line)
+            line *= size
+        for count, by, line in zip(counts, steps, reversed(lines), strict=True):
+            total = (total[:, None] + torch.arange(count) * by * line).flatten()
+        return total.contiguous()
+
+    with torch.inference_mode(False):
+        return offsets(out, stride), offsets(kernel, dilation)
+
+
+def fused_forward(x, alpha, cells, geo):
+    """Mix tiles of kernels and multiply by them at once."""
+    layout, y = _Layout(x, geo), empty_like_layout(x, geo.c_out, geo.out)
+    target = layout.y_view(y)
+    direct = layout.is_direct(target, layout.y_shape)
+    rows = target if direct else scratch("rows", layout.y_shape, layout.like)
+    layout.run("forward", layout.x_rows(x), layout.units(alpha), layout.cells(cells), rows)
+    if not direct:
+        target.copy_(rows[..., : geo.cell[0]])
+    return y
+
+
+def fused_backward(dy, x, alpha, cells, geo, needs):
+    """Gradients of `fused_forward`; the kernels are mixed again."""
+    layout = _Layout(x, geo)
+    units, wide, dy = layout.units(alpha), layout.cells(cells), layout.y_rows(dy)
+    dx = dalpha = dcells = None
+    if needs[0]:
+        rows = scratch("input gradients", layout.x_shape, layout.like).zero_()
+        layout.run("input_gradient", dy, units, wide, rows)
+        dx = layout.dx(rows, x)
+    if needs[1] or needs[2]:
+        parts = layout.functions.parts_of_alpha(ctypes.byref(layout.call))
+        sums = scratch("sums", (parts, *units.shape), layout.like) if needs[1] else None
+        dcells = layout.like.new_empty(cells.shape) if needs[2] else None
+        layout.run("kernel_gradients", dy, layout.x_rows(x), units, wide, sums, dcells)
+        if needs[1]:
+            dalpha = full_alpha(sums.sum(0).permute(0, 3, 1, 2, 4), geo).to(alpha.dtype)
+        if needs[2]:
+            dcells = dcells.to(cells.dtype)
+    return dx, dalpha, dcells

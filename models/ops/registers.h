@@ -1,0 +1,217 @@
+// What fused.cpp does in registers: products of tiles, transpositions; and the memory that it works in.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+typedef REAL real;
+typedef int64_t Int;
+
+// a tile of C is ROWS x VECTORS registers; x86 has 32 of 512 bits or 16 of 256, ARM has 32 of 128
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, VECTORS = 2, ROWS = 12;
+#elif defined(__AVX__)
+constexpr int BYTES = 32, VECTORS = 2, ROWS = 6;
+#elif defined(__aarch64__)
+constexpr int BYTES = 16, VECTORS = 4, ROWS = 6;
+#else
+constexpr int BYTES = 16, VECTORS = 2, ROWS = 6;
+#endif
+constexpr int LANES = BYTES / sizeof(real), TILE = LANES * VECTORS;
+
+typedef real vec __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
+
+static inline vec load(const real *p) { return *reinterpret_cast<const vec *>(p); }
+static inline void store(real *p, vec v) { *reinterpret_cast<vec *>(p) = v; }
+
+// --- the product ----------------------------------------------------------------------------------------------------
+
+struct Product {
+  const real *a;
+  const Int *a_rows;  // of every row of A and C
+  Int a_step;         // between two k
+  const real *b;
+  const Int *b_rows;  // of every k, or null for steps
+  Int b_step;
+  real *c;
+  const Int *c_rows;
+  Int depth;                   // number of k
+  Int groups;                  // the sum goes over groups of k
+  const Int *a_groups;         // of every group
+  Int b_group;                 // between two groups
+  bool add;
+};
+
+template <int R, int V, bool GATHER>
+static void rows_product(const Product &p, Int first) {
+  vec sum[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++)
+      sum[r][v] = p.add ? load(p.c + p.c_rows[first + r] + v * LANES) : vec{};
+  for (Int g = 0; g < p.groups; g++) {
+    const real *a = p.a + (p.a_groups ? p.a_groups[g] : 0), *b = p.b + g * p.b_group;
+    const real *rows[R];
+    for (int r = 0; r < R; r++) rows[r] = a + p.a_rows[first + r];
+    for (Int k = 0; k < p.depth; k++) {
+      const real *line = GATHER ? b + p.b_rows[k] : b + k * p.b_step;
+      vec right[V];
+      for (int v = 0; v < V; v++) right[v] = load(line + v * LANES);
+      for (int r = 0; r < R; r++) {
+        const real left = rows[r][k * p.a_step];
+        for (int v = 0; v < V; v++) sum[r][v] += left * right[v];
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) store(p.c + p.c_rows[first + r] + v * LANES, sum[r][v]);
+}
+
+template <int R, bool GATHER>
+static void dispatch(const Product &p, Int first, int rows, int vectors) {
+  if constexpr (R > 0) {
+    if (rows < R) return dispatch<R - 1, GATHER>(p, first, rows, vectors);
+    if (vectors == VECTORS) return rows_product<R, VECTORS, GATHER>(p, first);
+    // the last tile of a number of channels that is no multiple of a tile
+    for (int v = 0; v < vectors; v++) {
+      Product part = p;
+      part.b += v * LANES, part.c += v * LANES;
+      rows_product<R, 1, GATHER>(part, first);
+    }
+  }
+}
+
+static void product(const Product &p, Int rows, int vectors) {
+  const Int parts = (rows + ROWS - 1) / ROWS;
+  for (Int i = 0; i < parts; i++) {
+    const Int first = rows * i / parts, last = rows * (i + 1) / parts;
+    p.b_rows ? dispatch<ROWS, true>(p, first, last - first, vectors)
+             : dispatch<ROWS, false>(p, first, last - first, vectors);
+  }
+}
+
+// c[i, j] = sum_e a[i, e] b[j, e]
+template <int I, int J>
+static void dots(const real *a, Int a_step, const real *b, Int b_step, real *c, Int c_step, Int length) {
+  vec sum[I][J] = {};
+  for (Int e = 0; e < length; e += LANES) {
+    vec right[J];
+    for (int j = 0; j < J; j++) right[j] = load(b + j * b_step + e);
+    for (int i = 0; i < I; i++) {
+      const vec left = load(a + i * a_step + e);
+      for (int j = 0; j < J; j++) sum[i][j] += left * right[j];
+    }
+  }
+  for (int i = 0; i < I; i++)
+    for (int j = 0; j < J; j++) {
+      real total = 0;
+      for (int lane = 0; lane < LANES; lane++) total += sum[i][j][lane];
+      c[i * c_step + j] = total;
+    }
+}
+
+template <int I, int J>
+static void dots_of(int columns, const real *a, Int a_step, const real *b, Int b_step, real *c, Int c_step, Int length) {
+  if constexpr (J > 1)
+    if (columns < J) return dots_of<I, J - 1>(columns, a, a_step, b, b_step, c, c_step, length);
+  dots<I, J>(a, a_step, b, b_step, c, c_step, length);
+}
+
+static void all_dots(const real *a, Int a_step, Int rows, const real *b, Int b_step, Int columns, real *c, Int length) {
+  constexpr int I = ROWS * VECTORS >= 24 ? 4 : 2, J = ROWS * VECTORS >= 24 ? 6 : 4;
+  const Int parts = (columns + J - 1) / J;
+  for (Int p = 0; p < parts; p++) {
+    const Int j = columns * p / parts, count = columns * (p + 1) / parts - j;
+    Int i = 0;
+    for (; i + I <= rows; i += I)
+      dots_of<I, J>(count, a + i * a_step, a_step, b + j * b_step, b_step, c + i * columns + j, columns, length);
+    for (; i < rows; i++)
+      dots_of<1, J>(count, a + i * a_step, a_step, b + j * b_step, b_step, c + i * columns + j, columns, length);
+  }
+}
+
+// --- copies -----------------------------------------------------------------------------------------------------------
+
+// Rows of a tile lie far apart in memory, where no processor expects the next.
+static void prefetch(const real *from, Int rows, Int step, Int length) {
+  for (Int r = 0; r < rows; r++)
+    for (Int e = 0; e < length; e += 64 / Int(sizeof(real))) __builtin_prefetch(from + r * step + e, 0, 2);
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+typedef std::conditional<sizeof(real) == 4, int32_t, int64_t>::type lane;
+typedef lane lane_vec __attribute__((vector_size(BYTES)));
+
+// exchanges the off-diagonal quarters of all blocks of 2 * HALF, then of smaller ones
+template <int HALF>
+static inline void exchange(vec *rows) {
+  if constexpr (HALF > 0) {
+    constexpr auto mask = [](bool second) {
+      lane_vec lanes = {};
+      for (int l = 0; l < LANES; l++)
+        lanes[l] = second ? (l & HALF ? LANES + l : l + HALF) : (l & HALF ? LANES + l - HALF : l);
+      return lanes;
+    };
+    const lane_vec upper = mask(false), lower = mask(true);
+#pragma GCC unroll 16
+    for (int l = 0; l < LANES; l++)
+      if (!(l & HALF)) {
+        const vec a = rows[l], b = rows[l + HALF];
+        rows[l] = __builtin_shuffle(a, b, upper), rows[l + HALF] = __builtin_shuffle(a, b, lower);
+      }
+    exchange<HALF / 2>(rows);
+  }
+}
+#endif
+
+// to[k][l] = from[l][k] for LANES x LANES numbers
+static inline void transpose(const real *from, Int from_step, real *to, Int to_step) {
+#if defined(__GNUC__) && !defined(__clang__)
+  vec rows[LANES];
+#pragma GCC unroll 16
+  for (int l = 0; l < LANES; l++) rows[l] = load(from + l * from_step);
+  exchange<LANES / 2>(rows);
+#pragma GCC unroll 16
+  for (int l = 0; l < LANES; l++) store(to + l * to_step, rows[l]);
+#else
+  for (int l = 0; l < LANES; l++)
+    for (int k = 0; k < LANES; k++) to[k * to_step + l] = from[l * from_step + k];
+#endif
+}
+
+// --- memory -----------------------------------------------------------------------------------------------------------
+
+// Asks for large pages under memory that is about to be written for the first time, which saves most of the faults.
+static void expect_writes(real *data, Int count) {
+#ifdef __linux__
+  constexpr uintptr_t PAGE = 2 << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t last = reinterpret_cast<uintptr_t>(data + count) / PAGE * PAGE;
+  if (first < last) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// lives as long as its thread, so that its pages are cleared once
+struct Buffer {
+  real *data = nullptr;
+  Int size = 0;
+  ~Buffer() { std::free(data); }
+  real *get(Int wanted) {
+    if (wanted > size) {
+      std::free(data);
+      size = (wanted + LANES - 1) / LANES * LANES;
+      data = static_cast<real *>(std::aligned_alloc(64, (size * sizeof(real) + 63) / 64 * 64));
+      if (!data) std::abort();
+    }
+#ifdef POISON  // tests: what is read before it was written shows
+    std::fill(data, data + wanted, std::numeric_limits<real>::quiet_NaN());
+#endif
+    return data;
+  }
+};
