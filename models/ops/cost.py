@@ -66,7 +66,6 @@ def estimate(order, geo: Geometry, item_bytes, device):
     return products + mixed * item_bytes / MB * d.mixed_mb + (geo.n + 4) * d.call
 
 
-def cheapest(geo, available, x):
-    """The order of least estimated cost for input x."""
-    device = x.device.type
-    return min(available, key=lambda order: estimate(order, geo, x.element_size(), device))
+def cheapest(geo, available, item_bytes, device):
+    """The order of least estimated cost."""
+    return min(available, key=lambda order: estimate(order, geo, item_bytes, device))

@@ -83,15 +83,15 @@ def _own_folder():
     return Path(folder.name)
 
 
-def fused_available(geo, x):
+def fused_available(geo, dtype, device):
     """Whether the order can evaluate a call."""
     return (
-        x.device.type == "cpu"
-        and x.dtype in TYPES
+        device == "cpu"
+        and dtype in TYPES
         and (geo.per_tap or geo.kernel == (1,) * len(geo.kernel))
         and geo.foldable
         and compiler() is not None
-        and library(TYPES[x.dtype]) is not None
+        and library(TYPES[dtype]) is not None
     )
 
 
@@ -113,29 +113,30 @@ class _Call(ctypes.Structure):
 class _Layout:
     """Arrays of one call: x [B, *S, g * Gi, ci] and y [B, P, g * Go, co], channels filled up to whole vectors."""
 
-    def __init__(self, x, geo):
-        self.geo, self.functions = geo, library(TYPES[x.dtype])
-        self.like = x.new_empty(0, dtype=TYPES[x.dtype])
+    def __init__(self, size, geo, dtype, functions, threads):
+        self.geo, self.functions = geo, functions
+        with torch.inference_mode(False):
+            self.like = torch.empty(0, dtype=dtype)
         lanes = self.functions.lanes()
         co, ci = (-(-c // lanes) * lanes for c in geo.cell[:2])
         # sizes of x with the padding that is seen, which part of it comes from x, and from which part of x
         sizes, strides, self.inside, self.seen = [], [], (), ()
-        for size, k, s, out, (left, right) in zip(x.shape[2:], geo.kernel, geo.stride, geo.out, geo.pads, strict=True):
-            start, stop = max(-left, 0), size - max(-right, 0)
+        for length, k, s, out, (left, right) in zip(size, geo.kernel, geo.stride, geo.out, geo.pads, strict=True):
+            start, stop = max(-left, 0), length - max(-right, 0)
             if k == 1 and left <= 0 and right <= 0:
                 # what strides leave out is not copied
                 sizes.append(out), strides.append(1)
                 self.inside += (slice(0, out),)
                 self.seen += (slice(start, stop, s),)
             else:
-                sizes.append(size + left + right), strides.append(s)
+                sizes.append(length + left + right), strides.append(s)
                 self.inside += (slice(start + left, stop + left),)
                 self.seen += (slice(start, stop),)
         blocks = geo.groups * geo.g_in
         self.x_shape = (geo.batch, *sizes, blocks, ci)
         self.y_shape = (geo.batch, geo.positions, geo.g_out, co)
         self.all_seen = all(
-            part in (slice(0, size), slice(0, size, 1)) for part, size in zip(self.seen, x.shape[2:], strict=True)
+            part in (slice(0, length), slice(0, length, 1)) for part, length in zip(self.seen, size, strict=True)
         )
         position, tap = self.tables = _tables(
             tuple(sizes), geo.out, tuple(strides), geo.kernel, geo.dilation, blocks * ci
@@ -155,7 +156,7 @@ class _Layout:
             y_step=geo.g_out * co,
             c_out_pad=co,
             c_in_pad=ci,
-            threads=torch.get_num_threads(),
+            threads=threads,
             position=position.data_ptr(),
             tap=tap.data_ptr(),
         )
@@ -231,9 +232,19 @@ def _tables(sizes, out, stride, kernel, dilation, step):
         return offsets(out, stride), offsets(kernel, dilation)
 
 
+@functools.lru_cache(maxsize=1024)
+def _layout_of(*arguments):
+    return _Layout(*arguments)
+
+
+def _layout(x, geo):
+    dtype = TYPES[x.dtype]
+    return _layout_of(x.shape[2:], geo, dtype, library(dtype), torch.get_num_threads())
+
+
 def fused_forward(x, alpha, cells, geo):
     """Mix tiles of kernels and multiply by them at once."""
-    layout, y = _Layout(x, geo), empty_like_layout(x, geo.c_out, geo.out)
+    layout, y = _layout(x, geo), empty_like_layout(x, geo.c_out, geo.out)
     target = layout.y_view(y)
     direct = layout.is_direct(target, layout.y_shape)
     rows = target if direct else scratch("rows", layout.y_shape, layout.like)
@@ -245,7 +256,7 @@ def fused_forward(x, alpha, cells, geo):
 
 def fused_backward(dy, x, alpha, cells, geo, needs):
     """Gradients of `fused_forward`; the kernels are mixed again."""
-    layout = _Layout(x, geo)
+    layout = _layout(x, geo)
     units, wide, dy = layout.units(alpha), layout.cells(cells), layout.y_rows(dy)
     dx = dalpha = dcells = None
     if needs[0]:

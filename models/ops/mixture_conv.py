@@ -1,6 +1,7 @@
 """The mixture convolution as a registered operator, with the order of evaluation chosen per call."""
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -14,10 +15,12 @@ from .orders import ORDERS
 _forced = None
 
 
-def available_orders(geo, x):
-    """The orders that can evaluate a call with input x."""
+def available_orders(geo, dtype, device):
+    """The orders that can evaluate a call with an input of a data type, on a type of device."""
     return [
-        name for name in ORDERS if name == "grouped" or (fused_available(geo, x) if name == "fused" else geo.foldable)
+        name
+        for name in ORDERS
+        if name == "grouped" or (fused_available(geo, dtype, device) if name == "fused" else geo.foldable)
     ]
 
 
@@ -84,13 +87,22 @@ def _check(x, alpha, cells, kernel_size, groups):
 
 
 def _geometry_and_order(x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, strict):
-    geo = geometry(x.shape, alpha.shape, cells.shape, kernel_size, stride, padding, dilation, groups)
-    available = available_orders(geo, x)
+    lists = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
+    return _plan(x.shape, alpha.shape, cells.shape, *lists, groups, x.dtype, x.device.type, order, strict)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, dilation, groups, dtype, device, order, strict
+):
+    """Geometry and order of a call; networks make the same calls again and again."""
+    geo = geometry(x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, dilation, groups)
+    available = available_orders(geo, dtype, device)
     if order not in ("auto", *available):
         if strict or order not in ORDERS:
             raise ValueError(f"order '{order}' cannot evaluate this call; available: {', '.join(available)}")
         order = "auto"
-    return geo, cheapest(geo, available, x) if order == "auto" else order
+    return geo, cheapest(geo, available, dtype.itemsize, device) if order == "auto" else order
 
 
 def _in_layout(y, last):

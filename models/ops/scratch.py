@@ -30,3 +30,8 @@ def scratch(slot, shape, like):
         with torch.inference_mode(False):
             buffer = buffers[slot, like.dtype] = torch.empty(size, dtype=like.dtype)
     return buffer[:size].view(shape)
+
+
+def forget():
+    """Give this thread's memory back."""
+    _buffers.__dict__.clear()
