@@ -104,9 +104,7 @@ def run(args, given: dict) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if args.channels_last:
-        for module in model.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                module.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)
     if args.finetune:
         checkpoints.finetune(model, args)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -116,7 +116,8 @@ class Case:
                     run = self.run(contender, mode)
                     with forced_order(contender.order):
                         if repeat == 0:
-                            run()  # compiles and warms up
+                            if self.device == "cuda" or "compiled" in name:
+                                run()  # what compiles and tunes takes memory, too
                             peaks[name] = peak_memory(run, self.device)
                         else:
                             times[name].append(seconds(run, self.device))
@@ -138,7 +139,9 @@ class Case:
                         quartile_3=high,
                         images_per_s=self.batch / medians[name],
                         of_static=medians["static"] / medians[name],
-                        of_naive=None if name.startswith("static") else medians["naive"] / medians[name],
+                        of_naive=None
+                        if name.startswith("static") or "naive" not in medians
+                        else medians["naive"] / medians[name],
                         peak_mb=peaks[name],
                         device=device_name(self.device),
                         torch=torch.__version__,

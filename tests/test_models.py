@@ -472,3 +472,15 @@ def test_damaged_files_are_named(tmp_path):
         load_weights(small_model(), {"epoch": 3})
     with pytest.raises(ConfigError):
         build_model({"model": "kw_resnet18", "epochs": "many"})
+
+
+def test_a_model_can_be_channels_last():
+    """With one call, as any other: the warehouses have five dimensions and are left as they are."""
+    model = build_model({"model": "kw_resnet18", "reduction": 0.0625}).eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    cells = next(iter(model.warehouses.values())).cells
+    model.to(memory_format=torch.channels_last)
+    assert cells is next(iter(model.warehouses.values())).cells and cells.is_contiguous()
+    assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert_same(model(x.to(memory_format=torch.channels_last)), expected)

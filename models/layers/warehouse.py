@@ -93,6 +93,10 @@ class Warehouse(nn.Module):
         self.assignments = self._assign()
         self.reset_parameters()
 
+    def _apply(self, fn, recurse=True):
+        # cells are no images: `.to(memory_format=torch.channels_last)` of a model must pass them by, as flat rows do
+        return super()._apply(lambda tensor: fn(tensor.flatten(1)).view(tensor.shape), recurse)
+
     def _assign(self):
         """Layer -> the cell of each of its mixtures, n (the zero cell) where there is none (section 3.4, A.2)."""
         b = self.cell_num_ratio

@@ -18,13 +18,15 @@ class Device:
     """Costs of a kind of device, in microseconds."""
 
     gflop: float  # of matrix products and convolutions, per 1e9 multiply-adds
+    mix_gflop: float  # of the product that assembles kernels, which has few rows
     kernel_mb: float  # to write and read assembled kernels
     reorder_mb: float  # to permute and reorder kernels for a convolution, in memory that is handed on
     fresh_mb: float  # and in fresh memory
     patch_mb: float  # to gather patches
     mixed_mb: float  # to write, permute and read mixed inputs
     fused_gflop: float  # of the products of compiled tiles
-    fused_mb: float  # to pack tiles of the warehouse, and to turn inputs and outputs around
+    pack_mb: float  # to pack tiles of the warehouse
+    turn_mb: float  # to turn inputs and outputs around
     call: float  # of one library call
 
 
@@ -32,8 +34,8 @@ class Device:
 # cuda: not measured, set from the memory bandwidth and peak rate of a data-centre GPU, where cuDNN's grouped
 # convolution of one sample's kernel each is the slow part
 DEVICES = {
-    "cpu": Device(8700, 300, 100, 520, 150, 800, 10000, 120, 15),
-    "cuda": Device(10, 0.5, 20, 20, 1, 1, math.inf, math.inf, 5),
+    "cpu": Device(8700, 13000, 700, 100, 520, 150, 800, 10500, 120, 120, 15),
+    "cuda": Device(10, 10, 0.5, 20, 20, 1, 1, math.inf, math.inf, 1, 5),
 }
 
 
@@ -44,12 +46,14 @@ def estimate(order, geo: Geometry, item_bytes, device):
     batch, g_out, k = geo.batch * groups, geo.g_out // groups, geo.taps * geo.g_in
     c_out, q, positions = geo.cell[0], geo.q, geo.positions
     kernels = batch * g_out * c_out * k * q
-    assemble = kernels * geo.n / 1e9 * d.gflop + kernels * item_bytes / MB * d.kernel_mb
+    assemble = kernels * geo.n / 1e9 * d.mix_gflop + kernels * item_bytes / MB * d.kernel_mb
     convolve = kernels * positions / 1e9 * d.gflop
+    # inputs and outputs, turned around where an order or a library wants another layout
+    turned = batch * positions * (g_out * c_out + geo.g_in * q) * item_bytes / MB * d.turn_mb
     if order == "grouped":
         size = kernels * item_bytes
         reorder = size / MB * (d.reorder_mb if size <= LIMIT_BYTES else d.fresh_mb)
-        return assemble + convolve + reorder + 4 * (1 + geo.batch) * d.call
+        return assemble + convolve + reorder + turned + 4 * (1 + geo.batch) * d.call
     if order == "batched":
         patches = batch * k * q * positions * item_bytes / MB if patches_are_copies(geo) else 0
         # every product but the first adds to the output in memory
@@ -59,8 +63,7 @@ def estimate(order, geo: Geometry, item_bytes, device):
         # channels fill whole registers, and short products wait for their operands
         kernels = batch * k * g_out * math.ceil(c_out / LANES) * math.ceil(q / LANES) * LANES**2
         flops = kernels * (max(positions, 4) + geo.n * max(1, 6 / max(1, batch * g_out * k)))
-        moved = geo.n * c_out * q + batch * positions * (g_out * c_out + geo.g_in * q)
-        return flops / 1e9 * d.fused_gflop + moved * item_bytes / MB * d.fused_mb + 6 * d.call
+        return flops / 1e9 * d.fused_gflop + geo.n * c_out * q * item_bytes / MB * d.pack_mb + turned + 6 * d.call
     mixed = batch * g_out * geo.n * positions * q
     products = mixed * (k + c_out) / 1e9 * d.gflop
     return products + mixed * item_bytes / MB * d.mixed_mb + (geo.n + 4) * d.call
