@@ -18,6 +18,7 @@ from .geometry import (
     unpatches,
 )
 from .scratch import scratch
+from .triton_orders import triton_backward, triton_forward, triton_fused_backward, triton_fused_forward
 
 # assembled kernels and patches are made in pieces of this many bytes, in memory that is handed on; smaller ones fit the
 # cache, but every piece is a call per tap, and calls wait for all threads
@@ -398,4 +399,6 @@ ORDERS = {
     "batched": (batched_forward, batched_backward),
     "mixed": (mixed_forward, mixed_backward),
     "fused": (fused_forward, fused_backward),
+    "triton": (triton_forward, triton_backward),
+    "triton_fused": (triton_fused_forward, triton_fused_backward),
 }
