@@ -9,79 +9,11 @@ Offsets inside one sample fit 32 bits, those of a sample do not.  Which position
 
 import triton
 import triton.language as tl
-from triton.testing import do_bench
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# sizes of a launch that change with the batch: no kernel is compiled anew for them
-CHANGING = ["rows", "samples", "per_split", "bucket"]
+from .triton_tuning import INTERPRETED, tuned_fused, tuned_product
 
-
-# --- the choice of tiles ----------------------------------------------------------------------------------------------
-
-
-def _benchmark(call, quantiles):
-    # the interpreter takes the first configuration
-    return (0.0, 0.0, 0.0) if INTERPRETED.value else do_bench(call, warmup=10, rep=40, quantiles=quantiles)
-
-
-def _shared_limit():
-    device = triton.runtime.driver.active.get_current_device()
-    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
-
-
-def _autotune(configs, key, shared):
-    """Autotuning over the configurations whose tiles, shared(config, item bytes), fit the device's shared memory."""
-
-    def prune(configs, named_args, **kwargs):
-        if INTERPRETED.value:
-            return configs[:1]
-        item, limit = max(t.element_size() for t in list(named_args.values())[:2]), _shared_limit()
-        small = min(configs, key=lambda config: shared(config, item))
-        return [config for config in configs if shared(config, item) <= limit] or [small]
-
-    return triton.autotune(
-        configs, [*key, "bucket"], prune_configs_by={"early_config_prune": prune}, do_bench=_benchmark, cache_results=True
-    )
-
-
-def _product_bytes(config, item):
-    """Shared memory of a pipelined product of tiles."""
-    m, n, k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    return max(config.num_stages * (m + n) * k * item, m * n * 4)
-
-
-def _fused_bytes(config, item):
-    """Shared memory of tiles of cells and inputs, and of a mixed tile between its two layouts."""
-    s, p, n, k, j = (config.kwargs[f"BLOCK_{name}"] for name in "SPNKJ")
-    return (config.num_stages * (j * n * k + s * p * k + s * j) + s * n * k) * item
-
-
-def _products(*sizes):
-    return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-        for m, n, k, warps, stages in sizes
-    ]
-
-
-ASSEMBLE = _products((64, 128, 32, 4, 2), (128, 128, 32, 8, 2), (128, 256, 32, 8, 2), (32, 256, 32, 4, 2))
-CONVOLVE = _products(
-    (64, 64, 32, 4, 4), (64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 3)
-)
-KERNEL_GRADIENT = _products((64, 64, 32, 4, 3), (64, 64, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 3))
-MULTIPLY = _products((32, 128, 32, 4, 3), (64, 64, 32, 4, 3), (128, 32, 32, 4, 3), (32, 256, 32, 8, 3))
-FUSED = [
-    triton.Config(
-        {"BLOCK_S": 16, "BLOCK_P": p, "BLOCK_N": n, "BLOCK_K": k, "BLOCK_J": 32}, num_warps=warps, num_stages=stages
-    )
-    for p, n, k, warps, stages in [
-        (16, 16, 16, 4, 3),
-        (16, 32, 16, 4, 3),
-        (16, 32, 32, 8, 2),
-        (32, 16, 32, 4, 2),
-        (64, 16, 16, 8, 2),
-        (64, 16, 32, 8, 2),
-    ]
-]
+# sizes that change with the batch: no kernel is compiled anew for them
+CHANGING = ["rows", "samples", "m_size", "split", "bucket"]
 
 
 # --- the interpreter keeps bfloat16 as integers, which it can neither multiply nor round ------------------------------
@@ -105,10 +37,22 @@ def _round(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def _mix(acc, start, alpha, cells, place, n, size, rows, columns, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds the mixtures of BLOCK cells: alpha [R] points to rows of n weights, cells [n, size], place [N] in a cell."""
+    j = start + tl.arange(0, BLOCK)
+    live = j < n
+    weights = tl.load(alpha[:, None] + j[None, :], mask=rows[:, None] & live[None, :], other=0.0)
+    tile = tl.load(
+        cells + j[:, None].to(tl.int64) * size + place[None, :], mask=live[:, None] & columns[None, :], other=0.0
+    )
+    return _dot(weights, tile, acc, PRECISION)
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@_autotune(ASSEMBLE, ["n", "cell_out", "cell_in", "PRECISION"], _product_bytes)
+@tuned_product("ASSEMBLE", "n", "cell_out", "cell_in")
 @triton.jit(do_not_specialize=CHANGING)
 def assemble(
     alpha,  # [B, full taps, G * Go, Gi, n]
@@ -145,14 +89,7 @@ def assemble(
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, n, BLOCK_K):
-        j = start + tl.arange(0, BLOCK_K)
-        a = tl.load(alpha + unit[:, None] * n + j[None, :], mask=row_live[:, None] & (j < n)[None, :], other=0.0)
-        c = tl.load(
-            cells + j[:, None].to(tl.int64) * size + column[None, :],
-            mask=(j < n)[:, None] & column_live[None, :],
-            other=0.0,
-        )
-        acc = _dot(a, c, acc, PRECISION)
+        acc = _mix(acc, start, alpha + unit * n, cells, column, n, size, row_live, column_live, PRECISION, BLOCK_K)
 
     width = g_in * cell_in
     place = block.to(tl.int64) * cell_out * width + (row % g_in) * cell_in
@@ -164,7 +101,7 @@ def assemble(
     )
 
 
-@_autotune(CONVOLVE, ["k_size", "n_size", "PRECISION"], _product_bytes)
+@tuned_product("CONVOLVE", "k_size", "n_size", indirect=True)
 @triton.jit(do_not_specialize=CHANGING)
 def convolve(
     source,  # [B, P', G * K]
@@ -234,7 +171,7 @@ def convolve(
     )
 
 
-@_autotune(KERNEL_GRADIENT, ["out_size", "in_size", "PRECISION"], _product_bytes)
+@tuned_product("KERNEL_GRADIENT", "out_size", "in_size", indirect=True)
 @triton.jit(do_not_specialize=CHANGING)
 def kernel_gradient(
     dy,  # [B, P, G * O]
@@ -291,8 +228,8 @@ def kernel_gradient(
     tl.store(dkernels + cell * (cell_out * cell_in) + inside, acc, mask=o_live[:, None] & c_live[None, :])
 
 
-@_autotune(MULTIPLY, ["PRECISION"], _product_bytes)
-@triton.jit(do_not_specialize=[*CHANGING, "m_size", "k_size"])
+@tuned_product("MULTIPLY")
+@triton.jit(do_not_specialize=CHANGING)
 def multiply(
     a,  # [M, K], any strides
     b,  # [K, N], any strides
@@ -304,36 +241,35 @@ def multiply(
     a_k,
     b_k,
     b_n,
-    per_split,
+    split,
     bucket,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A product in float32, whose long inner dimension is cut into parts that are summed later."""
+    """A product in float32, whose inner dimension is cut into parts of `split` times 64 that are summed later."""
     tiles_m, tiles_n = tl.cdiv(m_size, BLOCK_M), tl.cdiv(n_size, BLOCK_N)
     pid = tl.program_id(0)
     m = ((pid % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     pid = pid // tiles_m
     n = ((pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    split = pid // tiles_n
+    part = pid // tiles_n
     m_live, n_live = m < m_size, n < n_size
 
-    first = split * per_split
-    last = tl.minimum(first + per_split, k_size)
+    first = part * split * 64
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(first, last, BLOCK_K):
+    for start in range(first, tl.minimum(first + split * 64, k_size), BLOCK_K):
         k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        k_live = k < last
+        k_live = k < k_size
         left = tl.load(a + m[:, None] * a_m + k[None, :] * a_k, mask=m_live[:, None] & k_live[None, :], other=0.0)
         right = tl.load(b + k[:, None] * b_k + n[None, :] * b_n, mask=k_live[:, None] & n_live[None, :], other=0.0)
         acc = _dot(left.to(tl.float32), right.to(tl.float32), acc, PRECISION)
-    out += split.to(tl.int64) * m_size * n_size
+    out += part.to(tl.int64) * m_size * n_size
     tl.store(out + m[:, None] * n_size + n[None, :], acc, mask=m_live[:, None] & n_live[None, :])
 
 
-@_autotune(FUSED, ["n", "FORWARD", "MIX_PRECISION", "PRECISION"], _fused_bytes)
+@tuned_fused("n", "FORWARD", "MIX_PRECISION")
 @triton.jit(do_not_specialize=CHANGING)
 def mix_and_convolve(
     source,  # [B, P', G * Ki * K]: Ki blocks of K channels per group, those of a cell
@@ -351,7 +287,7 @@ def mix_and_convolve(
     k_size,
     n_blocks,
     n_size,
-    n,
+    n: tl.constexpr,
     full_taps,
     classes,
     class_taps,
@@ -359,7 +295,6 @@ def mix_and_convolve(
     groups,
     bucket,
     FORWARD: tl.constexpr,
-    ONE_MIX: tl.constexpr,
     MIX_PRECISION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -415,24 +350,13 @@ def mix_and_convolve(
             place = (row + in_k) * n_size + column + in_n
         live = n_live & (row + in_k < k_size)
 
-        j = tl.arange(0, BLOCK_J)
-        a = tl.load(alpha + unit[:, None] * n + j[None, :], mask=s_live[:, None] & (j < n)[None, :], other=0.0)
-        c = tl.load(
-            cells + j[:, None].to(tl.int64) * (n_size * k_size) + place[None, :],
-            mask=(j < n)[:, None] & live[None, :],
-            other=0.0,
-        )
-        kernel = _dot(a, c, tl.zeros((BLOCK_S, BLOCK_N * BLOCK_K), tl.float32), MIX_PRECISION)
-        if not ONE_MIX:
+        weights, size = alpha + unit * n, n_size * k_size
+        kernel = tl.zeros((BLOCK_S, BLOCK_N * BLOCK_K), tl.float32)
+        kernel = _mix(kernel, 0, weights, cells, place, n, size, s_live, live, MIX_PRECISION, BLOCK_J)
+        # a loop inside would keep this one from loading ahead
+        if n > BLOCK_J:
             for start in range(BLOCK_J, n, BLOCK_J):
-                j = start + tl.arange(0, BLOCK_J)
-                a = tl.load(alpha + unit[:, None] * n + j[None, :], mask=s_live[:, None] & (j < n)[None, :], other=0.0)
-                c = tl.load(
-                    cells + j[:, None].to(tl.int64) * (n_size * k_size) + place[None, :],
-                    mask=(j < n)[:, None] & live[None, :],
-                    other=0.0,
-                )
-                kernel = _dot(a, c, kernel, MIX_PRECISION)
+                kernel = _mix(kernel, start, weights, cells, place, n, size, s_live, live, MIX_PRECISION, BLOCK_J)
         kernel = _round(kernel, dtype)
         if FORWARD:
             kernel = tl.permute(tl.reshape(kernel, (BLOCK_S, BLOCK_N, BLOCK_K)), (0, 2, 1))

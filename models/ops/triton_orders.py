@@ -1,7 +1,7 @@
 """The orders "triton" and "triton_fused" of the mixture convolution on NVIDIA GPUs: launches of `triton_kernels.py`.
 
-"triton" assembles kernels in the convolution's layout and convolves each sample with its own; "triton_fused" mixes tiles
-of them where they are multiplied, for small maps.  Triton is imported when a call first needs it, and is optional.
+"triton" assembles kernels in the convolution's layout and convolves each sample with its own; "triton_fused" mixes
+tiles of them where they are multiplied, for small maps.  Triton is optional, and imported when a call first needs it.
 """
 
 import functools
@@ -19,7 +19,7 @@ CAPABILITY = (8, 0)
 # kernels and their gradients are made for so many samples at a time that they take no more bytes
 PIECE_BYTES = 1 << 29
 # programs among which a product with few tiles of output shares its inner dimension, and the least share
-PROGRAMS, SHARE = 512, 512
+PROGRAMS, SHARE = 512, 128
 
 
 # --- where the orders are available -----------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class _Call:
         return kernels
 
     def convolve(self, source, kernels, target, forward):
-        """source [B, P', g * K] -> target [B, P, g * N], (K, N) = (C, O) forward and (O, C) for the input's gradient."""
+        """source [B, P', g * K] -> target [B, P, g * N]: (K, N) = (C, O), or (O, C) for the input's gradient."""
         geo, samples = self.geo, len(source) * self.geo.groups
         index, taps, _, counts, places = self.tables(forward)
         k, n = (geo.c_in, self.c_out) if forward else (self.c_out, geo.c_in)
@@ -206,7 +206,6 @@ class _Call:
         inner, outer = (geo.g_in, self.ci), (self.g_out, self.co)
         (k_blocks, k), (n_blocks, n) = (inner, outer) if forward else (outer, inner)
         classes, class_taps, positions = index.shape
-        # a whole block of columns of the mixing product is one, without a loop
         self.kernels.mix_and_convolve[
             lambda meta: (
                 -(-samples // meta["BLOCK_S"]) * classes * -(-positions // meta["BLOCK_P"])
@@ -215,23 +214,23 @@ class _Call:
         ](
             source, cells, alpha, target, index, taps, counts, places, samples, source.shape[1], target.shape[1],
             k_blocks, k, n_blocks, n, geo.n, self.full_taps, classes, class_taps, positions, geo.groups,
-            _bucket(samples, positions, k * class_taps * k_blocks, n), FORWARD=forward, ONE_MIX=geo.n <= 32,
+            _bucket(samples, positions, k * class_taps * k_blocks, n), FORWARD=forward,
             MIX_PRECISION=self.matmul, PRECISION=self.conv,
         )  # fmt: skip
 
     def multiply(self, a, b, a_m, a_k, b_k, b_n, m, n, k):
         """[M, K] @ [K, N] -> [M, N] in float32, whatever the strides."""
         tiles = -(-m // 64) * -(-n // 128)
-        splits = max(1, min(PROGRAMS // tiles, k // SHARE))
-        per_split = -(-k // splits)
-        splits = -(-k // per_split)
+        # in units of 64, which the tiles divide
+        split = -(-max(k * tiles // PROGRAMS, SHARE) // 64)
+        splits = -(-k // (64 * split))
         out = self.like.new_empty(splits, m, n, dtype=torch.float32)
         # tf32 keeps more than half precision does
         low = self.like.dtype != torch.float32
         self.kernels.multiply[
             lambda meta: (-(-m // meta["BLOCK_M"]) * -(-n // meta["BLOCK_N"]) * splits,)
         ](
-            a, b, out, m, n, k, a_m, a_k, b_k, b_n, per_split, _bucket(m, per_split, n),
+            a, b, out, m, n, k, a_m, a_k, b_k, b_n, split, _bucket(m, split, n),
             PRECISION="tf32" if low else self.matmul,
         )  # fmt: skip
         return out[0] if splits == 1 else out.sum(0)
