@@ -17,7 +17,7 @@ from .geometry import full_alpha, live_alpha
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)
 # kernels and their gradients are made for so many samples at a time that they take no more bytes
-PIECE_BYTES = 1 << 29
+PIECE_BYTES = 1 << 30
 # programs among which a product with few tiles of output shares its inner dimension, and the least share
 PROGRAMS, SHARE = 512, 128
 
@@ -55,7 +55,7 @@ def triton_available(geo, x):
     largest = max(math.prod(x.shape[1:]), geo.c_out * max(geo.positions, geo.taps * geo.c_in))
     return (
         x.dtype in DTYPES
-        and (geo.per_tap or geo.kernel == (1,) * len(geo.kernel))
+        and geo.per_tap
         and geo.foldable
         and largest < 1 << 31  # offsets inside a sample
         and _installed()
@@ -115,7 +115,7 @@ def _tables(size, out, kernel, full_kernel, first_tap, stride, dilation, pads, f
             part = seen[:, places]
             taps = torch.arange(len(part)) if forward else (part >= 0).any(1).nonzero().flatten()
             classes.append((places, taps, part[taps]))
-        most_taps = max(1, *(len(taps) for _, taps, _ in classes), 1)
+        most_taps = max(1, max(len(taps) for _, taps, _ in classes))
         most = max(len(places) for places, _, _ in classes)
         index = torch.full((len(classes), most_taps, most), -1)
         places, taps = torch.full((len(classes), most), -1), torch.zeros(len(classes), most_taps, dtype=torch.int64)
@@ -142,6 +142,11 @@ def _bucket(samples, positions, *channels):
     return bucket
 
 
+def _grid(count, **sizes):
+    """A launch of count programs for every tile of the named sizes."""
+    return lambda meta: (math.prod((count, *(-(-size // meta[f"BLOCK_{name}"]) for name, size in sizes.items()))),)
+
+
 def _rows(x):
     """x [B, C, *S] with channels innermost, [B, S, C]; no copy where they are."""
     return x.movedim(1, -1).contiguous().flatten(1, -2)
@@ -151,25 +156,25 @@ class _Call:
     """The shapes of one call, and its launches."""
 
     def __init__(self, x, geo):
-        self.geo, self.like, self.spatial = geo, x.new_empty(0), tuple(x.shape[2:])
+        self.geo, self.like = geo, x
         self.g_out = geo.g_out // geo.groups
         self.c_out, self.co, self.ci = self.g_out * geo.cell[0], geo.cell[0], geo.cell[1]
-        self.full_taps = math.prod(geo.full_kernel) if geo.per_tap else 1
+        self.full_taps = math.prod(geo.full_kernel)
         self.conv = _precision(torch.backends.cudnn.conv)
         self.matmul = _precision(torch.backends.cuda.matmul)
         self.kernels = _kernels()
 
     def tables(self, forward):
-        geo = self.geo
-        full, first = (geo.full_kernel, geo.first_tap) if geo.per_tap else (geo.kernel, (0,) * len(geo.kernel))
-        shapes = (geo.kernel, full, first, geo.stride, geo.dilation, geo.pads)
-        return _tables(self.spatial, geo.out, *shapes, forward, self.like.device)
+        geo, size = self.geo, tuple(self.like.shape[2:])
+        kernel = (geo.kernel, geo.full_kernel, geo.first_tap, geo.stride, geo.dilation, geo.pads)
+        return _tables(size, geo.out, *kernel, forward, self.like.device)
 
     def pieces(self, item_bytes):
         """Ranges of images whose kernels are made at a time."""
         geo = self.geo
         size = geo.groups * geo.taps * self.c_out * geo.c_in * item_bytes
-        step = max(1, min(geo.batch, PIECE_BYTES // size))
+        pieces = -(-geo.batch // max(1, PIECE_BYTES // size))
+        step = -(-geo.batch // pieces)
         return [(i, min(i + step, geo.batch)) for i in range(0, geo.batch, step)]
 
     def assemble(self, alpha, cells):
@@ -177,9 +182,7 @@ class _Call:
         geo, samples = self.geo, len(alpha) * self.geo.groups
         kernels = self.like.new_empty(samples, geo.taps, self.c_out, geo.c_in)
         rows, size = samples * geo.taps * self.g_out * geo.g_in, self.co * self.ci
-        self.kernels.assemble[
-            lambda meta: (-(-rows // meta["BLOCK_M"]) * -(-size // meta["BLOCK_N"]),)
-        ](
+        self.kernels.assemble[_grid(1, M=rows, N=size)](
             alpha, cells, kernels, self.tables(True)[2], rows, geo.n, geo.taps, self.full_taps,
             geo.groups, self.g_out, geo.g_in, self.co, self.ci, _bucket(rows, 1), PRECISION=self.matmul,
         )  # fmt: skip
@@ -191,9 +194,7 @@ class _Call:
         index, taps, _, counts, places = self.tables(forward)
         k, n = (geo.c_in, self.c_out) if forward else (self.c_out, geo.c_in)
         classes, class_taps, positions = index.shape
-        self.kernels.convolve[
-            lambda meta: (samples * classes * -(-positions // meta["BLOCK_M"]) * -(-n // meta["BLOCK_N"]),)
-        ](
+        self.kernels.convolve[_grid(samples * classes, M=positions, N=n)](
             source, kernels, target, index, taps, counts, places, source.shape[1], target.shape[1], k, n, geo.taps,
             *((1, k) if forward else (n, 1)), classes, class_taps, positions, geo.groups,
             _bucket(samples, positions, k * class_taps, n), PRECISION=self.conv,
@@ -206,12 +207,7 @@ class _Call:
         inner, outer = (geo.g_in, self.ci), (self.g_out, self.co)
         (k_blocks, k), (n_blocks, n) = (inner, outer) if forward else (outer, inner)
         classes, class_taps, positions = index.shape
-        self.kernels.mix_and_convolve[
-            lambda meta: (
-                -(-samples // meta["BLOCK_S"]) * classes * -(-positions // meta["BLOCK_P"])
-                * n_blocks * -(-n // meta["BLOCK_N"]),
-            )
-        ](
+        self.kernels.mix_and_convolve[_grid(classes * n_blocks, S=samples, P=positions, N=n)](
             source, cells, alpha, target, index, taps, counts, places, samples, source.shape[1], target.shape[1],
             k_blocks, k, n_blocks, n, geo.n, self.full_taps, classes, class_taps, positions, geo.groups,
             _bucket(samples, positions, k * class_taps * k_blocks, n), FORWARD=forward,
@@ -227,9 +223,7 @@ class _Call:
         out = self.like.new_empty(splits, m, n, dtype=torch.float32)
         # tf32 keeps more than half precision does
         low = self.like.dtype != torch.float32
-        self.kernels.multiply[
-            lambda meta: (-(-m // meta["BLOCK_M"]) * -(-n // meta["BLOCK_N"]) * splits,)
-        ](
+        self.kernels.multiply[_grid(splits, M=m, N=n)](
             a, b, out, m, n, k, a_m, a_k, b_k, b_n, split, _bucket(m, split, n),
             PRECISION="tf32" if low else self.matmul,
         )  # fmt: skip
@@ -245,11 +239,7 @@ class _Call:
             samples, part = (stop - start) * geo.groups, rows[start:stop]
             count = part.numel() // geo.n
             dkernels = self.like.new_empty(count, size, dtype=torch.float32)
-            self.kernels.kernel_gradient[
-                lambda meta, samples=samples: (
-                    samples * geo.taps * -(-self.c_out // meta["BLOCK_M"]) * -(-geo.c_in // meta["BLOCK_N"]),
-                )
-            ](
+            self.kernels.kernel_gradient[_grid(samples * geo.taps, M=self.c_out, N=geo.c_in)](
                 dy[start:stop], source[start:stop], dkernels, index, source.shape[1], geo.positions, self.c_out,
                 geo.c_in, geo.taps, geo.groups, self.co, self.ci, _bucket(samples * geo.taps, geo.positions),
                 PRECISION=self.conv,
