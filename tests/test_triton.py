@@ -150,29 +150,30 @@ def test_triton_is_imported_when_it_is_needed():
 
 def test_not_available_on_the_cpu():
     x, alpha, cells, geo = call_of(2, 4, 4, 3, 5, 3)
-    assert not triton_available(geo, x)
+    assert not triton_available(geo, x.dtype, "cpu")
     with pytest.raises(ValueError, match="order 'triton' cannot evaluate"):
         mixture_conv(x, alpha, cells, (3, 3), padding=1, order="triton")
 
 
-@pytest.mark.parametrize("change", ["float64", "not installed", "groups", "window"])
-def test_not_available(change, monkeypatch):
+@pytest.mark.parametrize("change", ["nothing", "float64", "not installed", "groups", "window", "size"])
+def test_what_is_not_available(change, monkeypatch):
     from models.ops import triton_orders
 
     monkeypatch.setattr(triton_orders, "_interpreted", lambda: True)
     monkeypatch.setattr(triton_orders, "_installed", lambda: change != "not installed")
-    x, alpha, cells, geo = call_of(2, 4, 4, 3, 5, 3)
-    if change == "float64":
-        x = x.double()
+    x, _, _, geo = call_of(2, 4, 4, 3, 5, 3)
     if change == "groups":
         geo = geometry(x.shape, (2, 9, 3), (3, 4, 1, 1, 1), [3, 3], [1, 1], [1, 1], [1, 1], 4)
     if change == "window":
         geo = geometry(x.shape, (2, 1, 3), (3, 4, 4, 3, 3), [3, 3], [1, 1], [1, 1], [1, 1], 1)
-    assert not triton_available(geo, x)
+    if change == "size":
+        geo = geometry((1, 4, 1 << 15, 1 << 15), (1, 9, 3), (3, 4, 4, 1, 1), [3, 3], [2, 2], [1, 1], [1, 1], 1)
+    dtype = torch.float64 if change == "float64" else torch.float32
+    assert triton_available(geo, dtype, "cpu") == (change == "nothing")
 
 
 def test_never_chosen_on_the_cpu_by_cost():
     for shape in SHAPES.values():
-        x, _, _, geo = call_of(*shape)
-        assert not cheapest(geo, list(ORDERS), x).startswith("triton")
+        geo = call_of(*shape)[-1]
+        assert not cheapest(geo, list(ORDERS), 4, "cpu").startswith("triton")
         assert 0 < estimate("triton", geo, 2, "cuda") < 1e6

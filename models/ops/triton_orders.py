@@ -37,9 +37,10 @@ def _interpreted():
 
 
 @functools.cache
-def _works_on(device):
-    """Whether kernels can be compiled for a device; a driver that cannot be loaded is told about once."""
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < CAPABILITY:
+def _works():
+    """Whether kernels can be compiled for all GPUs that are seen; a driver that cannot be loaded is told about once."""
+    capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    if torch.version.hip is not None or min(capabilities) < CAPABILITY:
         return False
     try:
         # loads the driver's functions, for which Triton needs a C compiler
@@ -50,16 +51,18 @@ def _works_on(device):
     return True
 
 
-def triton_available(geo, x):
+def triton_available(geo, dtype, device):
     """Whether the orders can evaluate a call."""
-    largest = max(math.prod(x.shape[1:]), geo.c_out * max(geo.positions, geo.taps * geo.c_in))
+    shapes = zip(geo.out, geo.stride, geo.kernel, geo.dilation, geo.pads, strict=True)
+    source = math.prod((o - 1) * s + (k - 1) * d + 1 - left - right for o, s, k, d, (left, right) in shapes)
+    numbers = (source * geo.groups * geo.c_in, geo.positions * geo.c_out, geo.taps * geo.c_out * geo.c_in)
     return (
-        x.dtype in DTYPES
+        dtype in DTYPES
         and geo.per_tap
         and geo.foldable
-        and largest < 1 << 31  # offsets inside a sample
+        and max(numbers) < 1 << 31  # offsets inside a sample
         and _installed()
-        and (_interpreted() or (x.device.type == "cuda" and _works_on(x.device)))
+        and (_interpreted() or (device == "cuda" and _works()))
     )
 
 
