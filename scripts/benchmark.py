@@ -93,7 +93,7 @@ def compare_layers(config, batch, size, args):
     from models.ops import mixture_conv
     from models.ops.cost import cheapest, estimate
     from models.ops.geometry import geometry
-    from models.ops.mixture_conv import available_orders
+    from models.ops.registry import available_orders
 
     torch.manual_seed(0)
     model = build_model(config).to(args.device)

@@ -90,9 +90,9 @@ def test_layers():
 
 def test_no_speed_where_results_differ(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "import models.ops.orders as orders\n"
-        "for name, (forward, backward) in list(orders.ORDERS.items()):\n"
-        "    orders.ORDERS[name] = (lambda *a, f=forward: f(*a) * 1.01, backward)\n"
+        "import models.ops.registry as registry\n"
+        "for name, (forward, backward) in list(registry.ORDERS.items()):\n"
+        "    registry.ORDERS[name] = (lambda *a, f=forward: f(*a) * 1.01, backward)\n"
     )
     result = benchmark(*SMALL, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert result.returncode == 1 and "no speed is printed" in result.stderr

@@ -7,21 +7,11 @@ import math
 import torch
 
 from .cost import cheapest
-from .fused import fused_available
 from .geometry import geometry, is_channels_last, output_size
 from .naive import mixture_conv_naive
-from .orders import ORDERS
+from .registry import ORDERS, available_orders
 
 _forced = None
-
-
-def available_orders(geo, dtype, device):
-    """The orders that can evaluate a call with an input of a data type, on a type of device."""
-    return [
-        name
-        for name in ORDERS
-        if name == "grouped" or (fused_available(geo, dtype, device) if name == "fused" else geo.foldable)
-    ]
 
 
 @contextlib.contextmanager
@@ -44,8 +34,8 @@ def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, d
     x: [B, C, *S] with one to three spatial dimensions; alpha: [B, m, n]; cells: [n, co, ci, *k], where k is all ones
     or the kernel size; bias: [O] or None.  A kernel [O, C / groups, *kernel_size] is cut into
     m = T * Go * Gi cells (positions, output blocks, input blocks, in this order).
-    order: "grouped", "batched", "mixed" or "fused" (compiled, CPU) to force one, or "naive" for the reference; they
-    agree up to rounding, and the cheapest is the default.
+    order: "grouped", "batched", "mixed", "fused" (compiled, CPU), "triton" or "triton_fused" (NVIDIA GPUs) to force
+    one, or "naive" for the reference; they agree up to rounding, and the cheapest is the default.
     Returns [B, O, *S'], channels innermost where those of x are.  Under autocast in its data type, else in x's.
     Raises ValueError for shapes that do not fit and for an order that cannot evaluate them.
     """

@@ -6,7 +6,6 @@ assembles them again.  x [B, C, *S], alpha [B, m, n], cells [n, co, ci, *k]; let
 
 import torch
 
-from .fused import fused_backward, fused_forward
 from .geometry import (
     empty_like_layout,
     full_alpha,
@@ -391,11 +390,3 @@ def mixed_backward(dy, x, alpha, cells, geo, needs):
             dalpha = torch.bmm(dz, cols.transpose(1, 2)).view(batch, g_out, geo.n, geo.taps, geo.g_in)
             dalpha = full_alpha(_unfold_alpha(dalpha.permute(0, 3, 1, 4, 2), geo), geo)
     return dx, dalpha, dcells
-
-
-ORDERS = {
-    "grouped": (grouped_forward, grouped_backward),
-    "batched": (batched_forward, batched_backward),
-    "mixed": (mixed_forward, mixed_backward),
-    "fused": (fused_forward, fused_backward),
-}

@@ -1,0 +1,27 @@
+"""The evaluation orders by name: forward and backward pass, and where each is available."""
+
+from . import orders
+from .fused import fused_available, fused_backward, fused_forward
+from .triton_orders import (
+    triton_available,
+    triton_backward,
+    triton_forward,
+    triton_fused_backward,
+    triton_fused_forward,
+)
+
+ORDERS = {
+    "grouped": (orders.grouped_forward, orders.grouped_backward),
+    "batched": (orders.batched_forward, orders.batched_backward),
+    "mixed": (orders.mixed_forward, orders.mixed_backward),
+    "fused": (fused_forward, fused_backward),
+    "triton": (triton_forward, triton_backward),
+    "triton_fused": (triton_fused_forward, triton_fused_backward),
+}
+
+
+def available_orders(geo, dtype, device):
+    """The orders that can evaluate a call with an input of a data type, on a type of device."""
+    available = {"grouped": True, "fused": fused_available(geo, dtype, device)}
+    available["triton"] = available["triton_fused"] = triton_available(geo, dtype, device)
+    return [name for name in ORDERS if available.get(name, geo.foldable)]

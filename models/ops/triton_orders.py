@@ -1,0 +1,296 @@
+"""The orders "triton" and "triton_fused" of the mixture convolution on NVIDIA GPUs: launches of `triton_kernels.py`.
+
+"triton" assembles kernels in the convolution's layout and convolves each sample with its own; "triton_fused" mixes
+tiles of them where they are multiplied, for small maps.  Triton is optional, and imported when a call first needs it.
+"""
+
+import functools
+import importlib.util
+import math
+import os
+import warnings
+
+import torch
+
+from .geometry import full_alpha, live_alpha
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAPABILITY = (8, 0)
+# kernels and their gradients are made for so many samples at a time that they take no more bytes
+PIECE_BYTES = 1 << 30
+# programs among which a product with few tiles of output shares its inner dimension, and the least share
+PROGRAMS, SHARE = 512, 128
+
+
+# --- where the orders are available -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def _installed():
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _interpreted():
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before it is imported), on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _works():
+    """Whether kernels can be compiled for all GPUs that are seen; a driver that cannot be loaded is told about once."""
+    capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    if torch.version.hip is not None or min(capabilities) < CAPABILITY:
+        return False
+    try:
+        # loads the driver's functions, for which Triton needs a C compiler
+        _kernels().triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        warnings.warn(f"Triton does not work here, other evaluation orders are used: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def triton_available(geo, dtype, device):
+    """Whether the orders can evaluate a call."""
+    shapes = zip(geo.out, geo.stride, geo.kernel, geo.dilation, geo.pads, strict=True)
+    source = math.prod((o - 1) * s + (k - 1) * d + 1 - left - right for o, s, k, d, (left, right) in shapes)
+    numbers = (source * geo.groups * geo.c_in, geo.positions * geo.c_out, geo.taps * geo.c_out * geo.c_in)
+    return (
+        dtype in DTYPES
+        and geo.per_tap
+        and geo.foldable
+        and max(numbers) < 1 << 31  # offsets inside a sample
+        and _installed()
+        and (_interpreted() or (device == "cuda" and _works()))
+    )
+
+
+@functools.cache
+def _kernels():
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+# --- tables of positions ----------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def _tables(size, out, kernel, full_kernel, first_tap, stride, dilation, pads, forward, device):
+    """Which positions are read and written, as int32 tensors on a device.
+
+    index [classes, T', P'']: the position of the source that a tap sees, or -1; taps, full_taps [classes, T']: which of
+    the live and of all taps; counts [classes]; places [classes, P'']: the position of the target, or -1.
+
+    Forward there is one class.  For the input's gradient a class is the positions between two steps of the stride: they
+    share their taps, so that no product is made of what other classes read.
+    """
+
+    def line(values, sizes):
+        """Numbers along every dimension -> numbers of the flattened array, in the order of itertools.product."""
+        total = torch.zeros(1, dtype=torch.int64)
+        for value, length in zip(values, sizes, strict=True):
+            total = (total[:, None] * length + value).flatten()
+        return total
+
+    with torch.inference_mode(False):
+        seen, kind = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        for s, o, k, step, d, (left, _) in zip(size, out, kernel, stride, dilation, pads, strict=True):
+            tap, spots = torch.arange(k)[:, None] * d - left, torch.arange(o if forward else s)
+            if forward:
+                at, length = spots * step + tap, s
+            else:
+                at, length = (spots - tap) // step, o
+                at[(spots - tap) % step != 0] = -1
+                kind = (kind[:, None] * step + (spots + left) % step).flatten()
+            live = (at >= 0) & (at < length)
+            # [T, P] of the dimensions so far and this one; -1 stays
+            at = torch.where(live, at, -1)[None, :, None, :]
+            seen = seen[:, None, :, None]
+            seen = torch.where((seen >= 0) & (at >= 0), seen * length + at, -1).flatten(2).flatten(0, 1)
+        full = line([first + torch.arange(k) for first, k in zip(first_tap, kernel, strict=True)], full_kernel)
+
+        kind = torch.zeros(seen.shape[1], dtype=torch.int64) if forward else kind
+        classes = []
+        for each in kind.unique():
+            places = (kind == each).nonzero().flatten()
+            part = seen[:, places]
+            taps = torch.arange(len(part)) if forward else (part >= 0).any(1).nonzero().flatten()
+            classes.append((places, taps, part[taps]))
+        most_taps = max(1, max(len(taps) for _, taps, _ in classes))
+        most = max(len(places) for places, _, _ in classes)
+        index = torch.full((len(classes), most_taps, most), -1)
+        places, taps = torch.full((len(classes), most), -1), torch.zeros(len(classes), most_taps, dtype=torch.int64)
+        for i, (place, tap, part) in enumerate(classes):
+            places[i, : len(place)], taps[i, : len(tap)] = place, tap
+            index[i, : len(tap), : len(place)] = part
+        counts = torch.tensor([len(tap) for _, tap, _ in classes])
+        return [t.to(torch.int32).contiguous().to(device) for t in (index, taps, full[taps], counts, places)]
+
+
+# --- a call -----------------------------------------------------------------------------------------------------------
+
+
+def _precision(backend):
+    """How float32 is multiplied, which the user decides for convolutions and for products."""
+    return "tf32" if backend.fp32_precision == "tf32" else "ieee"
+
+
+def _bucket(samples, positions, *channels):
+    """A number for shapes that share a choice of tiles: a batch that changes a little is not tuned for again."""
+    bucket = min(samples.bit_length() - 1, 6) // 3 * 32 + positions.bit_length()
+    for count in channels:
+        bucket = bucket * 256 + min(-(-count // 32), 255)
+    return bucket
+
+
+def _grid(count, **sizes):
+    """A launch of count programs for every tile of the named sizes."""
+    return lambda meta: (math.prod((count, *(-(-size // meta[f"BLOCK_{name}"]) for name, size in sizes.items()))),)
+
+
+def _rows(x):
+    """x [B, C, *S] with channels innermost, [B, S, C]; no copy where they are."""
+    return x.movedim(1, -1).contiguous().flatten(1, -2)
+
+
+class _Call:
+    """The shapes of one call, and its launches."""
+
+    def __init__(self, x, geo):
+        self.geo, self.like = geo, x
+        self.g_out = geo.g_out // geo.groups
+        self.c_out, self.co, self.ci = self.g_out * geo.cell[0], geo.cell[0], geo.cell[1]
+        self.full_taps = math.prod(geo.full_kernel)
+        self.conv = _precision(torch.backends.cudnn.conv)
+        self.matmul = _precision(torch.backends.cuda.matmul)
+        self.kernels = _kernels()
+
+    def tables(self, forward):
+        geo, size = self.geo, tuple(self.like.shape[2:])
+        kernel = (geo.kernel, geo.full_kernel, geo.first_tap, geo.stride, geo.dilation, geo.pads)
+        return _tables(size, geo.out, *kernel, forward, self.like.device)
+
+    def pieces(self, item_bytes):
+        """Ranges of images whose kernels are made at a time."""
+        geo = self.geo
+        size = geo.groups * geo.taps * self.c_out * geo.c_in * item_bytes
+        pieces = -(-geo.batch // max(1, PIECE_BYTES // size))
+        step = -(-geo.batch // pieces)
+        return [(i, min(i + step, geo.batch)) for i in range(0, geo.batch, step)]
+
+    def assemble(self, alpha, cells):
+        """alpha [B, m, n] and cells -> kernels of all samples, [S, T, O, C]."""
+        geo, samples = self.geo, len(alpha) * self.geo.groups
+        kernels = self.like.new_empty(samples, geo.taps, self.c_out, geo.c_in)
+        rows, size = samples * geo.taps * self.g_out * geo.g_in, self.co * self.ci
+        self.kernels.assemble[_grid(1, M=rows, N=size)](
+            alpha, cells, kernels, self.tables(True)[2], rows, geo.n, geo.taps, self.full_taps,
+            geo.groups, self.g_out, geo.g_in, self.co, self.ci, _bucket(rows, 1), PRECISION=self.matmul,
+        )  # fmt: skip
+        return kernels
+
+    def convolve(self, source, kernels, target, forward):
+        """source [B, P', g * K] -> target [B, P, g * N]: (K, N) = (C, O), or (O, C) for the input's gradient."""
+        geo, samples = self.geo, len(source) * self.geo.groups
+        index, taps, _, counts, places = self.tables(forward)
+        k, n = (geo.c_in, self.c_out) if forward else (self.c_out, geo.c_in)
+        classes, class_taps, positions = index.shape
+        self.kernels.convolve[_grid(samples * classes, M=positions, N=n)](
+            source, kernels, target, index, taps, counts, places, source.shape[1], target.shape[1], k, n, geo.taps,
+            *((1, k) if forward else (n, 1)), classes, class_taps, positions, geo.groups,
+            _bucket(samples, positions, k * class_taps, n), PRECISION=self.conv,
+        )  # fmt: skip
+
+    def mix_and_convolve(self, source, alpha, cells, target, forward):
+        """`assemble` and `convolve` at once."""
+        geo, samples = self.geo, len(source) * self.geo.groups
+        index, _, taps, counts, places = self.tables(forward)
+        inner, outer = (geo.g_in, self.ci), (self.g_out, self.co)
+        (k_blocks, k), (n_blocks, n) = (inner, outer) if forward else (outer, inner)
+        classes, class_taps, positions = index.shape
+        self.kernels.mix_and_convolve[_grid(classes * n_blocks, S=samples, P=positions, N=n)](
+            source, cells, alpha, target, index, taps, counts, places, samples, source.shape[1], target.shape[1],
+            k_blocks, k, n_blocks, n, geo.n, self.full_taps, classes, class_taps, positions, geo.groups,
+            _bucket(samples, positions, k * class_taps * k_blocks, n), FORWARD=forward,
+            MIX_PRECISION=self.matmul, PRECISION=self.conv,
+        )  # fmt: skip
+
+    def multiply(self, a, b, a_m, a_k, b_k, b_n, m, n, k):
+        """[M, K] @ [K, N] -> [M, N] in float32, whatever the strides."""
+        tiles = -(-m // 64) * -(-n // 128)
+        # in units of 64, which the tiles divide
+        split = -(-max(k * tiles // PROGRAMS, SHARE) // 64)
+        splits = -(-k // (64 * split))
+        out = self.like.new_empty(splits, m, n, dtype=torch.float32)
+        # tf32 keeps more than half precision does
+        low = self.like.dtype != torch.float32
+        self.kernels.multiply[_grid(splits, M=m, N=n)](
+            a, b, out, m, n, k, a_m, a_k, b_k, b_n, split, _bucket(m, split, n),
+            PRECISION="tf32" if low else self.matmul,
+        )  # fmt: skip
+        return out[0] if splits == 1 else out.sum(0)
+
+    def kernel_gradients(self, dy, source, alpha, cells, needs):
+        """dy [B, P, g * O], source [B, P', g * C] -> gradients of alpha [B, m, n] and of cells, in float32."""
+        geo, size = self.geo, self.co * self.ci
+        index = self.tables(True)[0]
+        rows = live_alpha(alpha, geo).unflatten(2, (geo.groups, -1)).transpose(1, 2).contiguous()
+        dalpha, dcells = [], None
+        for start, stop in self.pieces(4):
+            samples, part = (stop - start) * geo.groups, rows[start:stop]
+            count = part.numel() // geo.n
+            dkernels = self.like.new_empty(count, size, dtype=torch.float32)
+            self.kernels.kernel_gradient[_grid(samples * geo.taps, M=self.c_out, N=geo.c_in)](
+                dy[start:stop], source[start:stop], dkernels, index, source.shape[1], geo.positions, self.c_out,
+                geo.c_in, geo.taps, geo.groups, self.co, self.ci, _bucket(samples * geo.taps, geo.positions),
+                PRECISION=self.conv,
+            )  # fmt: skip
+            if needs[1]:
+                dalpha.append(self.multiply(dkernels, cells, size, 1, 1, size, count, geo.n, size))
+            if needs[2]:
+                total = self.multiply(part, dkernels, 1, geo.n, size, 1, geo.n, size, count)
+                dcells = total if dcells is None else dcells.add_(total)
+        if needs[1]:
+            dalpha = (dalpha[0] if len(dalpha) == 1 else torch.cat(dalpha)).view(rows.shape)
+            dalpha = full_alpha(dalpha.transpose(1, 2).flatten(2, 3), geo)
+        return dalpha if needs[1] else None, dcells.view(cells.shape) if needs[2] else None
+
+
+def _forward(fused, x, alpha, cells, geo):
+    with torch.cuda.device_of(x):
+        call, alpha, cells = _Call(x, geo), alpha.contiguous(), cells.contiguous()
+        y = x.new_empty(geo.batch, *geo.out, geo.c_out)
+        source, target = _rows(x), y.view(geo.batch, -1, geo.c_out)
+        if fused:
+            call.mix_and_convolve(source, alpha, cells, target, True)
+        else:
+            for a, b in call.pieces(x.element_size()):
+                call.convolve(source[a:b], call.assemble(alpha[a:b], cells), target[a:b], True)
+        return y.movedim(-1, 1)
+
+
+def _backward(fused, dy, x, alpha, cells, geo, needs):
+    """The kernels are mixed again."""
+    with torch.cuda.device_of(x):
+        call, alpha, cells, dy = _Call(x, geo), alpha.contiguous(), cells.contiguous(), _rows(dy)
+        dx = dalpha = dcells = None
+        if needs[0]:
+            dx = x.new_empty(geo.batch, *x.shape[2:], x.shape[1])
+            target = dx.view(geo.batch, -1, x.shape[1])
+            if fused:
+                call.mix_and_convolve(dy, alpha, cells, target, False)
+            else:
+                for a, b in call.pieces(x.element_size()):
+                    call.convolve(dy[a:b], call.assemble(alpha[a:b], cells), target[a:b], False)
+            dx = dx.movedim(-1, 1)
+        if needs[1] or needs[2]:
+            dalpha, dcells = call.kernel_gradients(dy, _rows(x), alpha, cells, needs)
+        return dx, dalpha, dcells
+
+
+triton_forward = functools.partial(_forward, False)
+triton_backward = functools.partial(_backward, False)
+triton_fused_forward = functools.partial(_forward, True)
+triton_fused_backward = functools.partial(_backward, True)

@@ -1,0 +1,181 @@
+"""The orders in Triton: `triton_cases.py` in its interpreter or on a GPU, and every kernel compiled for two GPUs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.ops import mixture_conv
+from models.ops.cost import cheapest
+from models.ops.geometry import geometry
+from models.ops.registry import ORDERS
+from models.ops.triton_orders import triton_available
+
+ROOT = Path(__file__).parents[1]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+# shared memory of one program on these GPUs, by compute capability
+SHARED = {80: 163 << 10, 90: 227 << 10}
+NEEDS = [True, True, True]
+
+
+def call_of(batch, channels, c_out, k, size, n, stride=1, dtype=torch.float32):
+    x = torch.empty(batch, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+    alpha, cells = torch.empty(batch, k * k, n, dtype=dtype), torch.empty(n, c_out, channels, 1, 1, dtype=dtype)
+    strides = [stride, stride]
+    return x, alpha, cells, geometry(x.shape, alpha.shape, cells.shape, [k, k], strides, [k // 2] * 2, [1, 1], 1)
+
+
+@pytest.mark.parametrize("where", ["interpreter", "cuda"])
+def test_cases(where):
+    pytest.importorskip("triton")
+    if where == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if where == "interpreter" else "0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_cases.py"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-20000:] + result.stderr
+
+
+# --- compiling for GPUs that are not here -----------------------------------------------------------------------------
+
+
+class Driver:
+    """What compiling asks of a driver."""
+
+    def __init__(self, arch):
+        self.arch, self.utils = arch, self
+
+    def get_current_device(self):
+        return self.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": SHARED[self.arch]}
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """A function that compiles what a call would launch, and lists (kernel, configuration, shared memory)."""
+    pytest.importorskip("triton")
+    from triton.runtime import driver
+    from triton.runtime.autotuner import Autotuner
+
+    from models.ops import triton_orders
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def compile(arch, name, shape, every):
+        results = []
+
+        def run(self, *args, grid, warmup, **kwargs):
+            self.nargs = dict(zip(self.arg_names, args))
+            configs = self.prune_configs(kwargs)
+            assert len(configs) > 1
+            for config in configs if every else configs[-1:]:
+                kernel = self.fn.run(*args, grid=grid, warmup=True, **kwargs, **config.all_kwargs())
+                assert all(0 < n < 1 << 31 for n in grid({**self.nargs, **kwargs, **config.kwargs}))
+                results.append((self.base_fn.__name__, config, kernel))
+
+        monkeypatch.setattr(Autotuner, "run", run)
+        monkeypatch.setattr(driver, "_active", Driver(arch))
+        precision = "tf32" if name == "tf32" else "ieee"
+        monkeypatch.setattr(triton_orders, "_precision", lambda backend: precision)
+        x, alpha, cells, geo = call_of(*shape, dtype=DTYPES[name])
+        for order in ("triton", "triton_fused"):
+            forward, backward = ORDERS[order]
+            y = forward(x, alpha, cells, geo)
+            dx, dalpha, dcells = backward(y, x, alpha, cells, geo, NEEDS if order == "triton" else [True, False, False])
+            assert y.shape[1] == geo.c_out and dx.shape == x.shape
+        return results
+
+    yield compile
+
+
+def check(results, arch):
+    assert {name for name, *_ in results} == {
+        "assemble", "convolve", "kernel_gradient", "multiply", "mix_and_convolve"
+    }  # fmt: skip
+    for name, config, kernel in results:
+        assert kernel.metadata.shared <= SHARED[arch], f"{name}: {config}"
+
+
+# batch, input and output channels, kernel, size, cells, stride: ResNet's, with odd numbers, and with ones
+SHAPES = {
+    "even": (16, 256, 128, 3, 14, 27),
+    "strided": (16, 64, 256, 1, 14, 100, 2),
+    "odd": (3, 33, 17, 3, 7, 5, 2),
+    "one": (1, 1, 1, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize(("arch", "name", "shape"), [(90, "bf16", "even"), (80, "fp16", "odd"), (90, "tf32", "one")])
+def test_kernels_compile(compiled, arch, name, shape):
+    check(compiled(arch, name, SHAPES[shape], False), arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "shape"), [*((name, "even") for name in DTYPES), *(("bf16", shape) for shape in SHAPES if shape != "even")]
+)
+@pytest.mark.parametrize("arch", SHARED)
+def test_every_choice_of_tiles_compiles(compiled, arch, name, shape):
+    check(compiled(arch, name, SHAPES[shape], True), arch)
+
+
+def test_tensor_cores_and_wide_copies_are_used(compiled):
+    """Where channels are a multiple of 16, tiles are copied 16 bytes at a time while others are multiplied."""
+    for name, config, kernel in compiled(90, "bf16", SHAPES["even"], False):
+        ptx = kernel.asm["ptx"]
+        assert "wgmma.mma_async" in ptx or "mma.sync" in ptx, f"{name}: {config}"
+        assert "cp.async.cg.shared.global" in ptx, f"{name}: {config}"
+
+
+# --- where they are available -----------------------------------------------------------------------------------------
+
+
+def test_triton_is_imported_when_it_is_needed():
+    code = "import sys, models.ops; print('triton' in sys.modules, 'models.ops.triton_kernels' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
+
+
+def test_not_available_on_the_cpu():
+    x, alpha, cells, geo = call_of(2, 4, 4, 3, 5, 3)
+    assert not triton_available(geo, x.dtype, "cpu")
+    with pytest.raises(ValueError, match="order 'triton' cannot evaluate"):
+        mixture_conv(x, alpha, cells, (3, 3), padding=1, order="triton")
+
+
+@pytest.mark.parametrize("change", ["nothing", "float64", "not installed", "groups", "window", "size"])
+def test_what_is_not_available(change, monkeypatch):
+    from models.ops import triton_orders
+
+    monkeypatch.setattr(triton_orders, "_interpreted", lambda: True)
+    monkeypatch.setattr(triton_orders, "_installed", lambda: change != "not installed")
+    x, _, _, geo = call_of(2, 4, 4, 3, 5, 3)
+    if change == "groups":
+        geo = geometry(x.shape, (2, 9, 3), (3, 4, 1, 1, 1), [3, 3], [1, 1], [1, 1], [1, 1], 4)
+    if change == "window":
+        geo = geometry(x.shape, (2, 1, 3), (3, 4, 4, 3, 3), [3, 3], [1, 1], [1, 1], [1, 1], 1)
+    if change == "size":
+        geo = geometry((1, 4, 1 << 15, 1 << 15), (1, 9, 3), (3, 4, 4, 1, 1), [3, 3], [2, 2], [1, 1], [1, 1], 1)
+    dtype = torch.float64 if change == "float64" else torch.float32
+    assert triton_available(geo, dtype, "cpu") == (change == "nothing")
+
+
+def test_never_chosen_by_cost():
+    """Not before they were measured."""
+    for shape in SHAPES.values():
+        geo = call_of(*shape)[-1]
+        for device in ("cpu", "cuda"):
+            assert not cheapest(geo, list(ORDERS), 4, device).startswith("triton")

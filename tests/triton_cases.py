@@ -1,0 +1,187 @@
+"""What the orders in Triton compute, against the naive definition; `test_triton.py` runs this in a process of its own.
+
+There Triton's interpreter takes the place of a GPU, because TRITON_INTERPRET=1 must be set before Triton is imported.
+"""
+
+import functools
+import os
+
+import pytest
+import torch
+from test_ops import make_call, with_gradients
+from tolerance import assert_same, difference
+
+from models.ops import mixture_conv, mixture_conv_naive, triton_kernels, triton_orders
+from models.ops.geometry import geometry
+from models.ops.registry import available_orders
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "exact_float32")
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+ORDERS = ["triton", "triton_fused"]
+KERNELS = ["assemble", "convolve", "kernel_gradient", "multiply", "mix_and_convolve"]
+
+
+@pytest.fixture
+def exact_float32():
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def place(tensors, dtype=torch.float32):
+    return [t.detach().to(DEVICE, dtype).requires_grad_() for t in tensors]
+
+
+@functools.cache
+def in_float64(function, *arguments):
+    """A call (tensors, arguments) and its exact result."""
+    tensors, arguments = function(*arguments)
+    bias = arguments[1] if arguments[1] is None else arguments[1].double()
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    return tensors, arguments, with_gradients(mixture_conv_naive, exact, (arguments[0], bias, *arguments[2:]))
+
+
+def check(order, function, *arguments):
+    """Output and gradients of a call in float32."""
+    tensors, arguments, reference = in_float64(function, *arguments)
+    bias = arguments[1] if arguments[1] is None else arguments[1].to(DEVICE)
+    values = with_gradients(mixture_conv, place(tensors), (arguments[0], bias, *arguments[2:]), order=order)
+    for value, expected in zip(values, reference, strict=True):
+        assert_same(value.cpu(), expected)
+
+
+def fits(seed):
+    tensors, (kernel, _, *rest) = make_call(seed, torch.float32)
+    geo = geometry(*(t.shape for t in tensors), kernel, *rest)
+    return "triton" in available_orders(geo, torch.float32, DEVICE)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("seed", list(filter(fits, range(60)))[:5])
+def test_order_equals_naive(order, seed):
+    check(order, make_call, seed, torch.float32)
+
+
+def call_of(batch, ci, co, g_in, g_out, groups, kernel, size, n, stride=1, padding=0, dilation=1, last=True):
+    """A random call of which everything is said."""
+    generator = torch.Generator().manual_seed(batch)
+    dims = len(size)
+    x = torch.randn(batch, groups * g_in * ci, *size, generator=generator)
+    alpha = torch.randn(batch, kernel**dims * groups * g_out * g_in, n, generator=generator) / n
+    cells = torch.randn(n, co, ci, *[1] * dims, generator=generator)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+    return (x, alpha, cells), ([kernel] * dims, None, stride, padding, dilation, groups)
+
+
+# more rows, columns and cells than a tile has, and what is left of them; stride, padding, dilation
+TILES = [
+    (2, 33, 70, 1, 1, 1, 1, (8, 9), 5),
+    (3, 17, 18, 2, 2, 1, 3, (6, 5), 3, 2, 1),
+    (4, 6, 4, 1, 2, 3, 2, (5, 7), 4, 3, 2, 2),
+    (9, 20, 8, 1, 1, 1, 1, (5, 5), 2, 2),
+    (2, 3, 40, 2, 1, 2, 3, (70,), 4, 2, 2),
+    (1, 5, 6, 1, 1, 1, 3, (5, 3, 4), 70, 2, 1),
+    (20, 4, 4, 1, 1, 1, 3, (1, 1), 40, 1, 1),
+    (1, 1, 1, 1, 1, 1, 1, (1,), 1),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shape", TILES, ids=str)
+def test_tiles(order, shape):
+    check(order, call_of, *shape)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_choice_of_tiles(kernel, monkeypatch):
+    kernel = getattr(triton_kernels, kernel)
+    for config in kernel.configs[1:]:
+        monkeypatch.setattr(kernel, "configs", [config])
+        check(
+            "triton_fused" if "mix" in kernel.base_fn.__name__ else "triton",
+            call_of,
+            3,
+            17,
+            18,
+            1,
+            1,
+            1,
+            2,
+            (5, 4),
+            3,
+            2,
+            1,
+        )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_pieces(order, monkeypatch):
+    """Samples, and inner dimensions of products, are worked off in pieces, whose last ones are smaller."""
+    monkeypatch.setattr(triton_orders, "PIECE_BYTES", 3 * 9 * 6 * 14 * 4)
+    monkeypatch.setattr(triton_orders, "SHARE", 64)
+    check(order, call_of, 7, 6, 14, 1, 1, 1, 3, (4, 3), 4, 1, 1)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("shape", [(2, 16, 16, 3, 4), (3, 24, 40, 1, 5)], ids=str)
+def test_low_precision_is_as_exact_as_naive(order, dtype, shape):
+    batch, c_in, c_out, k, size = shape
+    tensors, arguments = call_of(batch, 8, 8, c_in // 8, c_out // 8, 1, k, (size, size), 12, 1, k // 2)
+    low = [t.to(dtype).requires_grad_() for t in tensors]
+    exact = with_gradients(mixture_conv_naive, [t.detach().double().requires_grad_() for t in low], arguments)
+    naive = with_gradients(mixture_conv_naive, low, arguments)
+    ours = with_gradients(mixture_conv, place(low, dtype), arguments, order=order)
+    for value, standard, expected in zip(ours, naive, exact, strict=True):
+        assert value.dtype == dtype
+        assert difference(value.cpu(), expected) <= 1.5 * difference(standard, expected) + 1e-3
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_sums_over_samples_are_not_rounded(order):
+    """Gradients of cells, whose samples cancel out but for what half precision would lose."""
+    x, alpha, cells = torch.ones(9, 4, 3, 3), torch.ones(9, 1, 2), torch.ones(2, 4, 4, 1, 1)
+    tensors = place([x, alpha, cells], torch.bfloat16)
+    dy = torch.ones(9, 4, 3, 3, dtype=torch.bfloat16, device=DEVICE)
+    # eight samples' gradients are 9, and the last one's -72.25, which bfloat16 cannot hold
+    dy[-1] = 0
+    dy[-1, :, 0, 0] = -72
+    dy[-1, :, 0, 1] = -0.25
+    y = mixture_conv(*tensors, (1, 1), order=order)
+    assert torch.equal(torch.autograd.grad(y, tensors[2], dy)[0].cpu(), torch.full_like(cells, -0.25).bfloat16())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_only_the_asked_gradients(order):
+    tensors, arguments, reference = in_float64(call_of, *TILES[3])
+    for i in range(3):
+        only = [t.requires_grad_(j == i) for j, t in enumerate(place(tensors))]
+        y = mixture_conv(*only, *arguments, order=order)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
+        assert_same(torch.autograd.grad(y, only[i], dy)[0].cpu(), reference[i + 1])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_layout_of_the_input_is_kept(order):
+    (x, alpha, cells), arguments = call_of(2, 5, 6, 1, 1, 1, 3, (8, 8), 4, 1, 1)
+    x, alpha, cells = place([x, alpha, cells])
+    expected = mixture_conv_naive(x, alpha, cells, *arguments)
+    last = mixture_conv(x, alpha, cells, *arguments, order=order)
+    first = mixture_conv(x.contiguous(), alpha, cells, *arguments, order=order)
+    assert first.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
+    assert_same(first, expected), assert_same(last, expected)
+    # neither dense nor in a common order, as gradients of sums and slices of tensors are
+    every_other = torch.stack([x, x], -1)[..., 0]
+    wide = alpha.repeat_interleave(2, 2)[..., ::2]
+    y = mixture_conv(every_other, wide, cells, *arguments, order=order)
+    assert_same(y, expected)
+    assert_same(torch.autograd.grad(y.sum(), cells)[0], torch.autograd.grad(expected.sum(), cells)[0])
+
+
+def test_tables_do_not_depend_on_the_batch():
+    """They are on the device once, since copying them there waits for it."""
+    tensors = place(call_of(4, 3, 3, 1, 1, 1, 3, (6, 5), 2)[0])
+    misses = []
+    for batch in (2, 3, 4):
+        with_gradients(mixture_conv, [t[:batch] for t in tensors[:2]] + tensors[2:], ((3, 3),), order="triton")
+        misses.append(triton_orders._tables.cache_info().misses)
+    assert misses[0] == misses[2]
