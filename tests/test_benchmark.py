@@ -29,7 +29,7 @@ def benchmark(*arguments, script="benchmark.py", **env):
 )
 def test_faster_than_naive(batch, size, modes, factor):
     sizes = ("--batch_size", str(batch), "--input_size", str(size))
-    result = benchmark(*sizes, "--repeats", "3", "--mode", *modes)
+    result = benchmark(*sizes, "--repeats", "3" if batch == 8 else "1", "--mode", *modes)
     assert result.returncode == 0, result.stderr
     ratios = [float(r) for r in re.findall(r" ours .* ([\d.]+) of naive", result.stdout)]
     assert len(ratios) == len(modes) and min(ratios) >= factor, result.stdout
@@ -71,14 +71,14 @@ def test_profile():
 def test_growth(tmp_path):
     code = (
         "import sys; sys.path.insert(0, 'scripts'); import benchmark_growth as growth\n"
-        "growth.BATCHES, growth.SIZES, growth.BUDGETS = (1, 2), (32, 64), {1: 'kw1x', 4: 'kw4x'}\n"
+        "growth.BATCHES, growth.SIZES, growth.BUDGETS = (1, 2), (32,), {1: 'kw1x'}\n"
         f"sys.argv[1:] = '--device cpu --input_size 64 --batch_size 2 --repeats 1 --output {tmp_path}/growth'.split()\n"
         "growth.main()"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     rows = list(csv.DictReader((tmp_path / "growth.csv").open()))
-    assert len(rows) == 6 * 2 * 2 and (tmp_path / "growth.png").stat().st_size > 10000
+    assert len(rows) == 4 * 2 * 2 and (tmp_path / "growth.png").stat().st_size > 10000
 
 
 def test_layers():

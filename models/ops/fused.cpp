@@ -117,77 +117,71 @@ struct Rows {
   }
 };
 
-extern "C" {
-
-// y [image][position][channel] = the convolution; all of y is written
-Int lanes() { return LANES; }
-
-void forward(const Call *call, const real *x, const real *alpha, const real *cells, real *y) {
-  const Call &c = *call;
+// Mixes tiles of the kernels of all units, `lanes` channels along vectors by `depths` that a product sums over, and
+// uses each tile at once.  `together` units write to the same output, one after the other.
+template <typename Pack, typename Use>
+static void mixed_tiles(const Call &c, const real *alpha, Int lanes, Int depths, Int together, Pack pack, Use use) {
   const Rows rows(c);
-  const Int step = unit_step(c), per_output = c.g_in, outputs = c.units() / per_output;
-  const Int n_tiles = (c.c_out + TILE - 1) / TILE;
+  const Int step = unit_step(c), outputs = c.units() / together, n_tiles = (lanes + TILE - 1) / TILE;
   // parts of the samples, where there are fewer tiles than threads can share evenly
   const Int parts = std::min(outputs, std::max<Int>(1, (4 * c.threads + n_tiles - 1) / n_tiles));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(c.threads)
   for (Int item = 0; item < n_tiles * parts; item++) {
-    const Tile tile(item / parts, c.c_out);
-    const Int first = outputs * (item % parts) / parts * per_output;
-    const Int last = outputs * (item % parts + 1) / parts * per_output;
+    const Tile tile(item / parts, lanes);
+    const Int first = outputs * (item % parts) / parts * together;
+    const Int last = outputs * (item % parts + 1) / parts * together;
     real *mixed = tiles.get(step * c.taps * WIDTH);
     real *packed = warehouse.get(c.n * WIDTH);
-    for (Int k0 = 0; k0 < c.c_in; k0 += CHUNK) {
-      const Int depth = std::min(CHUNK, c.c_in - k0);
-      pack_outputs(c, cells, tile, k0, depth, packed);
+    for (Int k0 = 0; k0 < depths; k0 += CHUNK) {
+      const Int depth = std::min(CHUNK, depths - k0);
+      pack(tile, k0, depth, packed);
       for (Int u0 = first; u0 < last; u0 += step) {
         const Int u1 = std::min(last, u0 + step);
         mix(c, alpha, packed, u0, u1, depth * tile.padded, mixed, rows.alpha, rows.tile);
-        for (Int u = u0; u < u1; u++) {
-          Product p = {};
-          p.a = x + c.x_at(u) + k0, p.a_rows = c.position, p.a_step = 1, p.a_groups = c.tap;
-          p.b = mixed + (u - u0) * c.taps * WIDTH, p.b_step = tile.padded;
-          p.b_group = WIDTH;
-          p.c = y + c.y_at(u) + tile.first, p.c_rows = rows.y;
-          p.depth = depth, p.groups = c.taps, p.add = k0 > 0 || u % c.g_in > 0;
-          product(p, c.positions, tile.vectors);
-        }
+        for (Int u = u0; u < u1; u++) use(rows, tile, u, k0, depth, mixed + (u - u0) * c.taps * WIDTH);
       }
     }
   }
 }
 
+extern "C" {
+
+Int lanes() { return LANES; }
+
+// y [image][position][channel] = the convolution; all of y is written
+void forward(const Call *call, const real *x, const real *alpha, const real *cells, real *y) {
+  const Call &c = *call;
+  const auto pack = [&](const Tile &tile, Int k0, Int depth, real *out) {
+    pack_outputs(c, cells, tile, k0, depth, out);
+  };
+  const auto use = [&](const Rows &rows, const Tile &tile, Int u, Int k0, Int depth, const real *kernels) {
+    Product p = {};
+    p.a = x + c.x_at(u) + k0, p.a_rows = c.position, p.a_step = 1, p.a_groups = c.tap;
+    p.b = kernels, p.b_step = tile.padded, p.b_group = WIDTH;
+    p.c = y + c.y_at(u) + tile.first, p.c_rows = rows.y;
+    p.depth = depth, p.groups = c.taps, p.add = k0 > 0 || u % c.g_in > 0;
+    product(p, c.positions, tile.vectors);
+  };
+  mixed_tiles(c, alpha, c.c_out, c.c_in, c.g_in, pack, use);
+}
+
 // dx, laid out as x, to which the gradient of the input is added
 void input_gradient(const Call *call, const real *dy, const real *alpha, const real *cells, real *dx) {
   const Call &c = *call;
-  const Rows rows(c);
-  const Int step = unit_step(c), per_sample = c.g_out * c.g_in;
-  const Int n_tiles = (c.c_in + TILE - 1) / TILE;
-  const Int parts = std::min(c.samples, std::max<Int>(1, (4 * c.threads + n_tiles - 1) / n_tiles));
-#pragma omp parallel for schedule(dynamic, 1) num_threads(c.threads)
-  for (Int item = 0; item < n_tiles * parts; item++) {
-    const Tile tile(item / parts, c.c_in);
-    const Int first = c.samples * (item % parts) / parts * per_sample;
-    const Int last = c.samples * (item % parts + 1) / parts * per_sample;
-    real *mixed = tiles.get(step * c.taps * WIDTH);
-    real *packed = warehouse.get(c.n * WIDTH);
-    for (Int k0 = 0; k0 < c.c_out; k0 += CHUNK) {
-      const Int depth = std::min(CHUNK, c.c_out - k0);
-      pack_inputs(c, cells, tile, k0, depth, packed);
-      for (Int u0 = first; u0 < last; u0 += step) {
-        const Int u1 = std::min(last, u0 + step);
-        mix(c, alpha, packed, u0, u1, depth * tile.padded, mixed, rows.alpha, rows.tile);
-        for (Int u = u0; u < u1; u++)
-          for (Int t = 0; t < c.taps; t++) {
-            Product p = {};
-            p.a = dy + c.y_at(u) + k0, p.a_rows = rows.y, p.a_step = 1;
-            p.b = mixed + ((u - u0) * c.taps + t) * WIDTH, p.b_step = tile.padded;
-            p.c = dx + c.x_at(u) + c.tap[t] + tile.first, p.c_rows = c.position;
-            p.depth = depth, p.groups = 1, p.add = true;
-            product(p, c.positions, tile.vectors);
-          }
-      }
+  const auto pack = [&](const Tile &tile, Int k0, Int depth, real *out) {
+    pack_inputs(c, cells, tile, k0, depth, out);
+  };
+  const auto use = [&](const Rows &rows, const Tile &tile, Int u, Int k0, Int depth, const real *kernels) {
+    for (Int t = 0; t < c.taps; t++) {
+      Product p = {};
+      p.a = dy + c.y_at(u) + k0, p.a_rows = rows.y, p.a_step = 1;
+      p.b = kernels + t * WIDTH, p.b_step = tile.padded;
+      p.c = dx + c.x_at(u) + c.tap[t] + tile.first, p.c_rows = c.position;
+      p.depth = depth, p.groups = 1, p.add = true;
+      product(p, c.positions, tile.vectors);
     }
-  }
+  };
+  mixed_tiles(c, alpha, c.c_in, c.c_out, c.g_out * c.g_in, pack, use);
 }
 
 // number of partial sums of dalpha that kernel_gradients writes

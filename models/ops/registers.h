@@ -117,7 +117,8 @@ static void dots(const real *a, Int a_step, const real *b, Int b_step, real *c, 
 }
 
 template <int I, int J>
-static void dots_of(int columns, const real *a, Int a_step, const real *b, Int b_step, real *c, Int c_step, Int length) {
+static void dots_of(int columns, const real *a, Int a_step, const real *b, Int b_step, real *c, Int c_step,
+                    Int length) {
   if constexpr (J > 1)
     if (columns < J) return dots_of<I, J - 1>(columns, a, a_step, b, b_step, c, c_step, length);
   dots<I, J>(a, a_step, b, b_step, c, c_step, length);
@@ -136,7 +137,7 @@ static void all_dots(const real *a, Int a_step, Int rows, const real *b, Int b_s
   }
 }
 
-// --- copies -----------------------------------------------------------------------------------------------------------
+// --- copies ----------------------------------------------------------------------------------------------------------
 
 // Rows of a tile lie far apart in memory, where no processor expects the next.
 static void prefetch(const real *from, Int rows, Int step, Int length) {
@@ -185,7 +186,7 @@ static inline void transpose(const real *from, Int from_step, real *to, Int to_s
 #endif
 }
 
-// --- memory -----------------------------------------------------------------------------------------------------------
+// --- memory ----------------------------------------------------------------------------------------------------------
 
 // Asks for large pages under memory that is about to be written for the first time, which saves most of the faults.
 static void expect_writes(real *data, Int count) {
