@@ -120,6 +120,7 @@ def test_every_width_of_vectors(capability, monkeypatch):
     if capability not in ("DEFAULT", torch.backends.cpu.get_cpu_capability(), "AVX2"):
         pytest.skip(f"this processor has no {capability}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert fused.library(torch.float64).lanes() == {"DEFAULT": 2, "AVX2": 4, "AVX512": 8}[capability]
     for shape in TILES:
         test_tiles("fused", 1, shape)
 
@@ -268,3 +269,9 @@ def test_order_of_least_cost(batch, channels, size, n, order):
         (batch, channels, size, size), (batch, 9, n), (n, channels, channels, 1, 1), [3, 3], [1, 1], [1, 1], [1, 1], 1
     )
     assert cheapest(geo, list(ORDERS), 4, "cpu") == order
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_empty_batch_has_a_cost(device):
+    geo = geometry((0, 4, 5, 5), (0, 9, 3), (3, 6, 4, 1, 1), [3, 3], [1, 1], [1, 1], [1, 1], 1)
+    assert cheapest(geo, list(registry.ORDERS), 4, device) in registry.ORDERS

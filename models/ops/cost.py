@@ -81,7 +81,7 @@ def estimate(order, geo: Geometry, item_bytes, device):
             flops = mix + kernels * _tiles(positions)
             return flops / 1e9 * rate * d.triton_gflop + size * d.kernel_mb + 3 * d.call
         # mixed anew for every 64 positions, for 16 samples at a time
-        flops = (mix * math.ceil(positions / 64) + kernels * _tiles(positions)) * _tiles(batch) / batch
+        flops = (mix * math.ceil(positions / 64) + kernels * _tiles(positions)) * _tiles(batch) / max(1, batch)
         return flops / 1e9 * rate * d.triton_fused_gflop + 2 * d.call
     mixed = batch * g_out * geo.n * positions * q
     products = mixed * (k + c_out) / 1e9 * d.gflop
