@@ -19,7 +19,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 
-from measure import AGREEMENT, MODES, Case, device_name, figure, write_rows
+from measure import MODES, Case, device_name, figure, write_rows
 from models import read_config
 
 BUDGETS = {0.25: "kw1d4x", 0.5: "kw1d2x", 1: "kw1x", 2: "kw2x", 4: "kw4x"}
@@ -49,9 +49,7 @@ def measure(args, budget, batch, size):
     case = Case(
         config_of(args.backbone, budget), batch, size, torch.bfloat16 if on_gpu else torch.float32, args.device, on_gpu
     )
-    error = case.disagreement()
-    if not error <= AGREEMENT[case.dtype]:
-        sys.exit(f"error: {case.name}: results differ from the naive order by {error:.1e}; no speed is printed")
+    case.require_agreement(case.name)
     del case.contenders["naive"]
     rows = case.measure(args.mode, args.repeats)
     for row in rows:

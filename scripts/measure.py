@@ -4,6 +4,7 @@ import contextlib
 import csv
 import itertools
 import statistics
+import sys
 import time
 from dataclasses import astuple, dataclass, fields
 
@@ -89,6 +90,13 @@ class Case:
                 results.append([y.detach(), *torch.autograd.grad(y, tensors, dy)])
             worst = max(worst, *map(relative, *reversed(results)))
         return worst
+
+    def require_agreement(self, name):
+        """The disagreement; ends the program where it is more than rounding."""
+        error = self.disagreement()
+        if not error <= AGREEMENT[self.dtype]:
+            sys.exit(f"error: {name}: results differ from the naive order by {error:.1e}; no speed is printed")
+        return error
 
     def run(self, contender, mode):
         """One pass of a contender, as a function."""

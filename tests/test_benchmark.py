@@ -22,7 +22,7 @@ def benchmark(*arguments, script="benchmark.py", **env):
     )
 
 
-# 1.7 to 2.2 and 20 to 30 were measured on two free cores; a busy machine slows the two unequally.
+# 1.7 to 2.2 and 19 to 22 were measured on two free cores; a busy machine slows the two unequally.
 @pytest.mark.skipif(compiler() is None, reason="slower without a C++ compiler")
 @pytest.mark.parametrize(
     ("batch", "size", "modes", "factor"), [(8, 224, ("inference", "training"), 1.4), (64, 32, ("inference",), 10)]

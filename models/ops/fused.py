@@ -73,14 +73,13 @@ def _folder():
     folder = Path(base) / "kernelwarehouse"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder if os.access(folder, os.W_OK) else _own_folder()
+    return folder if os.access(folder, os.W_OK) else Path(_own_folder().name)
 
 
 @functools.cache
 def _own_folder():
-    folder = tempfile.TemporaryDirectory(prefix="kernelwarehouse-")
-    _own_folder.keep = folder  # removed when the process ends
-    return Path(folder.name)
+    """Kept, and with that removed, until the process ends."""
+    return tempfile.TemporaryDirectory(prefix="kernelwarehouse-")
 
 
 def fused_available(geo, dtype, device):
@@ -232,9 +231,7 @@ def _tables(sizes, out, stride, kernel, dilation, step):
         return offsets(out, stride), offsets(kernel, dilation)
 
 
-@functools.lru_cache(maxsize=1024)
-def _layout_of(*arguments):
-    return _Layout(*arguments)
+_layout_of = functools.lru_cache(maxsize=1024)(_Layout)
 
 
 def _layout(x, geo):
