@@ -13,6 +13,7 @@ import time
 
 from models.config import ConfigError, parse_command_line
 from models.options import MODEL_KEYS
+from models.threads import wait_briefly
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,9 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         return fail(error)
 
-    # threads that wait by spinning starve each other wherever there are more of them than free cores, as with loader
-    # processes beside: measured up to 100 times slower on 2 busy cores. OpenMP reads this when torch is loaded
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
     # from here on torch is loaded, which takes seconds
     import torch.distributed as dist
 

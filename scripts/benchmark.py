@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# as main.py does: threads that wait by spinning starve others where cores are shared; read when torch is loaded
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from models.threads import wait_briefly
+
+wait_briefly()
 # the profiler writes a line for every start and stop
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 

@@ -1,14 +1,13 @@
 """Options and fixtures of all tests."""
 
-import os
+from models.threads import wait_briefly
 
-# threads that wait by spinning starve the processes that a test starts; read when torch is loaded
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+wait_briefly()
 
 import pytest
 import torch
 
-from models.ops import fused
+from models.ops import compiled
 
 
 def pytest_addoption(parser):
@@ -35,13 +34,13 @@ def deterministic():
 def poisoned_memory(monkeypatch):
     """Fills fresh memory with NaN, so that an output that is never written shows."""
     # memory that is handed on would hold the numbers of the call before
-    for module in ("orders", "geometry", "fused"):
+    for module in ("orders", "geometry", "fused", "depthwise"):
         monkeypatch.setattr(f"models.ops.{module}.scratch", lambda slot, shape, like: like.new_empty(shape))
-    monkeypatch.setattr("models.ops.fused.FLAGS", [*fused.FLAGS, "-DPOISON"])
-    fused.library.cache_clear()
+    monkeypatch.setattr("models.ops.compiled.FLAGS", [*compiled.FLAGS, "-DPOISON"])
+    compiled.library.cache_clear()
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
-    fused.library.cache_clear()
+    compiled.library.cache_clear()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from models.ops.fused import compiler
+from models.ops.compiled import compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--kw_config", "configs/mobilenetv2_050/kw1x_mobilenetv2_050.json", "--batch_size", "2", "--input_size", "32")

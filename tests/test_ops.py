@@ -9,7 +9,7 @@ import pytest
 import torch
 from tolerance import assert_same, difference
 
-from models.ops import fused, mixture_conv, mixture_conv_naive, registry
+from models.ops import compiled, mixture_conv, mixture_conv_naive, registry
 from models.ops.cost import cheapest
 from models.ops.geometry import geometry
 from models.ops.registry import available_orders
@@ -62,8 +62,8 @@ def with_gradients(function, tensors, arguments, **kwargs):
 def fitting(order, tensors, arguments):
     kernel, _, stride, padding, dilation, groups = arguments
     geo = geometry(*(t.shape for t in tensors), kernel, stride, padding, dilation, groups)
-    if order not in available_orders(geo, tensors[0].dtype, "cpu"):
-        pytest.skip("a cell that reaches over two groups or taps, which this order cannot evaluate")
+    if order is not None and order not in available_orders(geo, tensors[0].dtype, "cpu"):
+        pytest.skip("this order cannot evaluate such a convolution")
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -96,6 +96,8 @@ TILES = [
     (8, 64, 129, 1, 1, 2, 3, (2, 2)),
     (17, 40, 24, 2, 2, 2, 1, (13,)),
     (1, 72, 80, 1, 1, 1, 2, (4, 3, 5)),
+    (2, 20, 9, 2, 3, 2, 1, (19, 21)),
+    (1, 130, 37, 1, 2, 1, 1, (300,)),
 ]
 
 
@@ -108,7 +110,39 @@ def test_tiles(order, stride, shape):
     x, cells = torch.randn(batch, groups * g_in * ci, *size), torch.randn(5, co, ci, *[1] * dims)
     alpha = torch.randn(batch, k**dims * groups * g_out * g_in, 5)
     tensors = [t.double().requires_grad_() for t in (x, alpha, cells)]
-    arguments = ([k] * dims, None, stride, k // 2, 1, groups)
+    arguments = [k] * dims, None, *([v] * dims for v in (stride, k // 2, 1)), groups
+    fitting(order, tensors, arguments)
+    reference = with_gradients(mixture_conv_naive, tensors, arguments)
+    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, order=order), reference, strict=True):
+        assert_same(value, expected)
+
+
+# batch, channels, outputs of a channel, outputs of a cell, kernel, stride, padding, dilation, size: maps smaller and
+# larger than vectors, rows and columns that no kernel sees, cells with the kernel's extent
+DEPTHWISE = [
+    (2, 33, 1, 11, (3, 3), (1, 1), (1, 1), (1, 1), (7, 7)),
+    (1, 18, 1, 6, (3, 3), (2, 2), (1, 1), (1, 1), (37, 36)),
+    (3, 20, 1, 20, (7, 7), (1, 1), (3, 3), (1, 1), (13, 18)),
+    (2, 6, 2, 4, (5, 3), (3, 2), (0, 1), (1, 2), (19, 9)),
+    (2, 17, 1, 1, (2, 4), (2, 1), (0, 0), (2, 1), (9, 21)),
+    (9, 4, 3, 12, (3,), (2,), (0,), (1,), (50,)),
+    (1, 40, 1, 8, (1, 1), (3, 3), (0, 0), (1, 1), (10, 11)),
+]
+
+
+@pytest.mark.parametrize("order", [order for order in ORDERS if order in ("grouped", "depthwise")])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("window", ["taps", "whole"])
+@pytest.mark.parametrize("shape", DEPTHWISE, ids=str)
+def test_depthwise(order, last, window, shape):
+    batch, channels, multiplier, co, kernel, stride, padding, dilation, size = shape
+    x, dims = torch.randn(batch, channels, *size), len(size)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+    taps = 1 if window == "whole" else math.prod(kernel)
+    cells = torch.randn(5, co, 1, *(kernel if window == "whole" else [1] * dims))
+    alpha = torch.randn(batch, taps * channels * multiplier // co, 5)
+    tensors = [t.double().requires_grad_() for t in (x, alpha, cells)]
+    arguments = (list(kernel), None, list(stride), list(padding), list(dilation), channels)
     reference = with_gradients(mixture_conv_naive, tensors, arguments)
     for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, order=order), reference, strict=True):
         assert_same(value, expected)
@@ -120,26 +154,38 @@ def test_every_width_of_vectors(capability, monkeypatch):
     if capability not in ("DEFAULT", torch.backends.cpu.get_cpu_capability(), "AVX2"):
         pytest.skip(f"this processor has no {capability}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert fused.library(torch.float64).lanes() == {"DEFAULT": 2, "AVX2": 4, "AVX512": 8}[capability]
+    assert compiled.library("fused.cpp", torch.float64).lanes() == {"DEFAULT": 2, "AVX2": 4, "AVX512": 8}[capability]
     for shape in TILES:
         test_tiles("fused", 1, shape)
+        if shape[6] == 1:
+            test_tiles("pointwise", 1, shape)
+    for shape in DEPTHWISE:
+        test_depthwise("depthwise", shape[2] == 1, "taps", shape)
 
 
-def test_fused_does_not_depend_on_the_number_of_threads():
-    tensors = [torch.randn(8, 64, 5, 5), torch.randn(8, 18, 6), torch.randn(6, 128, 32, 1, 1)]
-    tensors = [t.requires_grad_() for t in tensors]
+@pytest.mark.parametrize(
+    ("order", "x", "alpha", "cells", "kernel", "groups"),
+    [
+        ("fused", (8, 64, 5, 5), (8, 18, 6), (6, 128, 32, 1, 1), 3, 1),
+        ("pointwise", (3, 64, 15, 15), (3, 2, 6), (6, 300, 32, 1, 1), 1, 1),
+        ("depthwise", (3, 40, 15, 15), (3, 18, 6), (6, 20, 1, 1, 1), 3, 40),
+    ],
+)
+def test_compiled_order_does_not_depend_on_the_number_of_threads(order, x, alpha, cells, kernel, groups):
+    tensors = [torch.randn(shape, requires_grad=True) for shape in (x, alpha, cells)]
+    arguments = ([kernel] * 2, None, 1, kernel // 2, 1, groups)
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        results.append(with_gradients(mixture_conv, tensors, ([3, 3], None, 1, 1, 1, 1), order="fused"))
+        results.append(with_gradients(mixture_conv, tensors, arguments, order=order))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize(("compiler", "reason"), [(None, ""), ("/bin/false", "non-zero exit status")])
 def test_without_a_compiler(compiler, reason, monkeypatch, recwarn):
     importlib.import_module("models.ops.mixture_conv")._plan.cache_clear()
-    monkeypatch.setattr(fused, "compiler", lambda: compiler)
-    monkeypatch.setattr(fused, "FLAGS", [*fused.FLAGS, "-DNEVER_COMPILED"])
+    monkeypatch.setattr(compiled, "compiler", lambda: compiler)
+    monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, "-DNEVER_COMPILED"])
     tensors = [torch.randn(8, 256, 7, 7), torch.randn(8, 9, 20), torch.randn(20, 256, 256, 1, 1)]
     for _ in range(2):
         y = mixture_conv(*tensors, (3, 3), padding=1)
@@ -158,6 +204,7 @@ def test_low_precision_is_as_exact_as_naive(order, dtype, shape):
     x, cells = torch.randn(batch, c_in, size, size), torch.randn(12, 8, 8, 1, 1)
     alpha = torch.randn(batch, k * k * c_in * c_out // 64, 12) / 12
     arguments = ([k, k], None, [1, 1], [k // 2] * 2, [1, 1], 1)
+    fitting(order, (x, alpha, cells), arguments)
     low = [t.to(dtype).requires_grad_() for t in (x, alpha, cells)]
     exact = with_gradients(mixture_conv_naive, [t.detach().double().requires_grad_() for t in low], arguments)
     naive = with_gradients(mixture_conv_naive, low, arguments)
@@ -194,7 +241,8 @@ def test_pieces(order, monkeypatch):
     monkeypatch.setattr("models.ops.orders.PATCH_BYTES", 9000)
     tensors = [torch.randn(5, 6, 5, 4), torch.randn(5, 9 * 3 * 2, 4), torch.randn(4, 7, 3, 1, 1)]
     tensors = [t.double().requires_grad_() for t in tensors]
-    arguments = ([3, 3], None, 1, 1, 1, 1)
+    arguments = ([3, 3], None, [1, 1], [1, 1], [1, 1], 1)
+    fitting(order, tensors, arguments)
     reference = with_gradients(mixture_conv_naive, tensors, arguments)
     for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, order=order), reference, strict=True):
         assert_same(value, expected)
@@ -209,14 +257,17 @@ def test_nothing_assembled_is_kept():
     assert sum(t.numel() for t in kept) == x.numel() + alpha.numel() + cells.numel()
 
 
-def test_layout_of_the_input_is_kept():
-    alpha, cells = torch.randn(2, 9, 4), torch.randn(4, 6, 5, 1, 1)
-    x = torch.randn(2, 5, 8, 8)
-    for order in ORDERS:
-        y = mixture_conv(x, alpha, cells, (3, 3), padding=1, order=order)
-        last = mixture_conv(x.to(memory_format=torch.channels_last), alpha, cells, (3, 3), padding=1, order=order)
-        assert y.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
-        assert_same(last, y)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("groups", [1, 5])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_layout_of_the_input_is_kept(order, groups, kernel):
+    alpha, cells = torch.randn(2, kernel**2, 4), torch.randn(4, 5, 5 // groups, 1, 1)
+    x, arguments = torch.randn(2, 5, 8, 8), ([kernel] * 2, None, [1, 1], [kernel // 2] * 2, [1, 1], groups)
+    fitting(order, (x, alpha, cells), arguments)
+    y = mixture_conv(x, alpha, cells, *arguments, order=order)
+    last = mixture_conv(x.to(memory_format=torch.channels_last), alpha, cells, *arguments, order=order)
+    assert y.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
+    assert_same(last, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

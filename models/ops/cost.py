@@ -62,6 +62,8 @@ def estimate(order, geo: Geometry, item_bytes, device):
         size = kernels * item_bytes
         reorder = size / MB * (d.reorder_mb if size <= LIMIT_BYTES else d.fresh_mb)
         return assemble + convolve + reorder + turned + 4 * (1 + geo.batch) * d.call
+    if order in ("depthwise", "pointwise"):
+        return kernels * positions / 1e9 * d.gflop + 3 * d.call
     if order == "batched":
         patches = batch * k * q * positions * item_bytes / MB if patches_are_copies(geo) else 0
         # every product but the first adds to the output in memory

@@ -216,7 +216,8 @@ void kernel_gradients(const Call *call, const real *dy, const real *x, const rea
           product(p, depth, tile.vectors);
         }
       if (dalpha)
-        all_dots(mixed, WIDTH, count, packed, WIDTH, c.n, dalpha + (item * units + u0) * c.taps * c.n, block);
+        all_dots(mixed, WIDTH, count, packed, WIDTH, c.n, dalpha + (item * units + u0) * c.taps * c.n, block,
+                 false);
       if (dcells) {
         Product p = {};
         p.a = alpha + u0 * c.taps * c.n, p.a_rows = rows.ones, p.a_step = c.n;

@@ -1,97 +1,25 @@
-"""The order "fused" of the mixture convolution on the CPU: `fused.cpp`, compiled when it is first needed.
+"""The order "fused" of the mixture convolution on the CPU, compiled from `fused.cpp`.
 
-A tile of every sample's kernel is mixed and multiplied while it is in the cache.  Needs a C++ compiler (g++ or clang++,
-or the one that CXX names); without one the orders in PyTorch take over.
+A tile of every sample's kernel is mixed and multiplied while it is in the cache.
 """
 
-import contextlib
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import shutil
-import subprocess
-import tempfile
-import warnings
-from pathlib import Path
 
 import torch
 
+from .compiled import TYPES, address, compiles, library
 from .geometry import empty_like_layout, full_alpha, live_alpha
 from .scratch import scratch
 
-SOURCE = Path(__file__).with_name("fused.cpp")
-HEADER = Path(__file__).with_name("registers.h")
-# in which each type is computed
-TYPES = {torch.float64: torch.float64, **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float32)}
-NAMES = {torch.float32: "float", torch.float64: "double"}
-# not -march=native: nodes of a cluster may differ and still share the folder of compiled files
-FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
-ARCHITECTURES = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
-
-
-# --- the compiled library ---------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def compiler():
-    """The C++ compiler, or None."""
-    named = os.environ.get("CXX", "")
-    return next(filter(None, map(shutil.which, (named, "g++", "clang++", "c++"))), None)
-
-
-@functools.cache
-def library(dtype):
-    """The compiled functions for a data type, or None (with a warning, once) where they cannot be built."""
-    flags = [*FLAGS, f"-DREAL={NAMES[dtype]}"]
-    flags += ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability(), [])
-    name = hashlib.sha256("\0".join([SOURCE.read_text(), HEADER.read_text(), *flags]).encode()).hexdigest()[:16] + ".so"
-    try:
-        path = _folder() / name
-        if not path.exists():
-            # processes that compile at the same time each write their own file, and the last one stays
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                part = Path(folder) / name
-                command = [compiler(), *flags, str(SOURCE), "-o", str(part)]
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-                os.replace(part, path)
-        functions = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
-        warnings.warn(
-            f"{SOURCE.name} could not be compiled, slower evaluation orders are used: {' '.join(reason)}", stacklevel=2
-        )
-        return None
-    functions.lanes.restype = functions.parts_of_alpha.restype = ctypes.c_int64
-    return functions
-
-
-def _folder():
-    """Where compiled files are kept: the user's cache, or, where that cannot be written, a folder of this process."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "kernelwarehouse"
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder if os.access(folder, os.W_OK) else Path(_own_folder().name)
-
-
-@functools.cache
-def _own_folder():
-    """Kept, and with that removed, until the process ends."""
-    return tempfile.TemporaryDirectory(prefix="kernelwarehouse-")
+SOURCE = "fused.cpp"
 
 
 def fused_available(geo, dtype, device):
     """Whether the order can evaluate a call."""
-    return (
-        device == "cpu"
-        and dtype in TYPES
-        and (geo.per_tap or geo.kernel == (1,) * len(geo.kernel))
-        and geo.foldable
-        and compiler() is not None
-        and library(TYPES[dtype]) is not None
-    )
+    pointwise = geo.kernel == (1,) * len(geo.kernel)
+    return (geo.per_tap or pointwise) and geo.foldable and compiles(SOURCE, dtype, device)
 
 
 # --- a call -----------------------------------------------------------------------------------------------------------
@@ -209,8 +137,7 @@ class _Layout:
         return padded
 
     def run(self, name, *arrays):
-        pointers = [ctypes.c_void_p(None if array is None else array.data_ptr()) for array in arrays]
-        getattr(self.functions, name)(ctypes.byref(self.call), *pointers)
+        getattr(self.functions, name)(ctypes.byref(self.call), *map(address, arrays))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -236,7 +163,7 @@ _layout_of = functools.lru_cache(maxsize=1024)(_Layout)
 
 def _layout(x, geo):
     dtype = TYPES[x.dtype]
-    return _layout_of(x.shape[2:], geo, dtype, library(dtype), torch.get_num_threads())
+    return _layout_of(x.shape[2:], geo, dtype, library(SOURCE, dtype), torch.get_num_threads())
 
 
 def fused_forward(x, alpha, cells, geo):

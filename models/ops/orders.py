@@ -76,6 +76,17 @@ def _wide(x):
     return x.new_empty(0, dtype=torch.float32) if x.dtype in LOW_PRECISION else x
 
 
+def _kernel_gradients(dkernels, live, cells, geo, needs):
+    """Gradients of alpha and cells from those of kernels that lie as the cells do, [B, T, Go, Gi, *cell]."""
+    flat, rows = cells.reshape(geo.n, -1), live.reshape(-1, geo.n)
+    drows = _wide(cells).new_zeros(geo.n, len(rows)) if needs[1] else None
+    total = _wide(cells).new_empty(flat.shape) if needs[2] else None
+    _unmix(dkernels.view(len(rows), -1), rows, flat, drows, total, True)
+    dalpha = full_alpha(drows.t(), geo).to(cells.dtype) if needs[1] else None
+    dcells = total.view(cells.shape).to(cells.dtype) if needs[2] else None
+    return dalpha, dcells
+
+
 # --- assemble, then a library convolution -----------------------------------------------------------------------------
 
 
@@ -156,13 +167,8 @@ def grouped_backward(dy, x, alpha, cells, geo, needs):
         window = geo.cell[2:]
         dkernels = dkernels.view(geo.batch, geo.g_out, geo.cell[0], geo.g_in, geo.cell[1], geo.taps, *window)
         dkernels = dkernels.permute(0, 5, 1, 3, 2, 4, *range(6, 6 + len(window)))
-        dkernels = scratch("permuted kernels", dkernels.shape, dkernels).copy_(dkernels).view(-1, cells[0].numel())
-        flat, rows = cells.reshape(geo.n, -1), live.reshape(-1, geo.n)
-        drows = _wide(x).new_zeros(geo.n, rows.shape[0]) if needs[1] else None
-        total = _wide(x).new_empty(flat.shape) if needs[2] else None
-        _unmix(dkernels, rows, flat, drows, total, True)
-        dalpha = full_alpha(drows.t(), geo).to(alpha.dtype) if needs[1] else None
-        dcells = total.view(cells.shape).to(cells.dtype) if needs[2] else None
+        dkernels = scratch("permuted kernels", dkernels.shape, dkernels).copy_(dkernels)
+        dalpha, dcells = _kernel_gradients(dkernels, live, cells, geo, needs)
     return dx, dalpha, dcells
 
 

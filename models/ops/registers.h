@@ -96,9 +96,9 @@ static void product(const Product &p, Int rows, int vectors) {
   }
 }
 
-// c[i, j] = sum_e a[i, e] b[j, e]
+// c[i, j] (+)= sum_e a[i, e] b[j, e]
 template <int I, int J>
-static void dots(const real *a, Int a_step, const real *b, Int b_step, real *c, Int c_step, Int length) {
+static void dots(const real *a, Int a_step, const real *b, Int b_step, real *c, Int c_step, Int length, bool add) {
   vec sum[I][J] = {};
   for (Int e = 0; e < length; e += LANES) {
     vec right[J];
@@ -112,28 +112,29 @@ static void dots(const real *a, Int a_step, const real *b, Int b_step, real *c, 
     for (int j = 0; j < J; j++) {
       real total = 0;
       for (int lane = 0; lane < LANES; lane++) total += sum[i][j][lane];
-      c[i * c_step + j] = total;
+      c[i * c_step + j] = add ? c[i * c_step + j] + total : total;
     }
 }
 
 template <int I, int J>
 static void dots_of(int columns, const real *a, Int a_step, const real *b, Int b_step, real *c, Int c_step,
-                    Int length) {
+                    Int length, bool add) {
   if constexpr (J > 1)
-    if (columns < J) return dots_of<I, J - 1>(columns, a, a_step, b, b_step, c, c_step, length);
-  dots<I, J>(a, a_step, b, b_step, c, c_step, length);
+    if (columns < J) return dots_of<I, J - 1>(columns, a, a_step, b, b_step, c, c_step, length, add);
+  dots<I, J>(a, a_step, b, b_step, c, c_step, length, add);
 }
 
-static void all_dots(const real *a, Int a_step, Int rows, const real *b, Int b_step, Int columns, real *c, Int length) {
+static void all_dots(const real *a, Int a_step, Int rows, const real *b, Int b_step, Int columns, real *c, Int length,
+                     bool add) {
   constexpr int I = ROWS * VECTORS >= 24 ? 4 : 2, J = ROWS * VECTORS >= 24 ? 6 : 4;
   const Int parts = (columns + J - 1) / J;
   for (Int p = 0; p < parts; p++) {
     const Int j = columns * p / parts, count = columns * (p + 1) / parts - j;
     Int i = 0;
     for (; i + I <= rows; i += I)
-      dots_of<I, J>(count, a + i * a_step, a_step, b + j * b_step, b_step, c + i * columns + j, columns, length);
+      dots_of<I, J>(count, a + i * a_step, a_step, b + j * b_step, b_step, c + i * columns + j, columns, length, add);
     for (; i < rows; i++)
-      dots_of<1, J>(count, a + i * a_step, a_step, b + j * b_step, b_step, c + i * columns + j, columns, length);
+      dots_of<1, J>(count, a + i * a_step, a_step, b + j * b_step, b_step, c + i * columns + j, columns, length, add);
   }
 }
 
@@ -145,9 +146,21 @@ static void prefetch(const real *from, Int rows, Int step, Int length) {
     for (Int e = 0; e < length; e += 64 / Int(sizeof(real))) __builtin_prefetch(from + r * step + e, 0, 2);
 }
 
-#if defined(__GNUC__) && !defined(__clang__)
 typedef std::conditional<sizeof(real) == 4, int32_t, int64_t>::type lane;
-typedef lane lane_vec __attribute__((vector_size(BYTES)));
+typedef lane lane_vec __attribute__((vector_size(BYTES), aligned(sizeof(lane)), may_alias));
+
+// a vector of which all but the first lanes are 0
+static inline vec first_lanes(vec v, Int count) {
+  static const struct Ones {
+    lane values[2 * LANES];
+    Ones() {
+      for (int l = 0; l < 2 * LANES; l++) values[l] = l < LANES ? -1 : 0;
+    }
+  } ones;
+  return (vec)((lane_vec)v & *reinterpret_cast<const lane_vec *>(ones.values + LANES - count));
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
 
 // exchanges the off-diagonal quarters of all blocks of 2 * HALF, then of smaller ones
 template <int HALF>

@@ -1,7 +1,9 @@
 """The evaluation orders by name: forward and backward pass, and where each is available."""
 
 from . import orders
+from .depthwise import depthwise_available, depthwise_backward, depthwise_forward
 from .fused import fused_available, fused_backward, fused_forward
+from .pointwise import pointwise_available, pointwise_backward, pointwise_forward
 from .triton_orders import (
     triton_available,
     triton_backward,
@@ -15,6 +17,8 @@ ORDERS = {
     "batched": (orders.batched_forward, orders.batched_backward),
     "mixed": (orders.mixed_forward, orders.mixed_backward),
     "fused": (fused_forward, fused_backward),
+    "depthwise": (depthwise_forward, depthwise_backward),
+    "pointwise": (pointwise_forward, pointwise_backward),
     "triton": (triton_forward, triton_backward),
     "triton_fused": (triton_fused_forward, triton_fused_backward),
 }
@@ -23,5 +27,7 @@ ORDERS = {
 def available_orders(geo, dtype, device):
     """The orders that can evaluate a call with an input of a data type, on a type of device."""
     available = {"grouped": True, "fused": fused_available(geo, dtype, device)}
+    available["depthwise"] = depthwise_available(geo, dtype, device)
+    available["pointwise"] = pointwise_available(geo, dtype, device)
     available["triton"] = available["triton_fused"] = triton_available(geo, dtype, device)
     return [name for name in ORDERS if available.get(name, geo.foldable)]

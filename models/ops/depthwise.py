@@ -1,0 +1,114 @@
+"""The order "depthwise" of the mixture convolution on the CPU, compiled from `depthwise.cpp`.
+
+For convolutions whose every group has one input channel: each channel of a sample is convolved by itself.
+"""
+
+import ctypes
+import functools
+import math
+
+import torch
+
+from .compiled import TYPES, address, compiles, library
+from .geometry import empty_like_layout, full_alpha, is_channels_last, live_alpha
+from .scratch import scratch
+
+SOURCE = "depthwise.cpp"
+
+
+def depthwise_available(geo, dtype, device):
+    """Whether the order can evaluate a call."""
+    return geo.c_in == 1 and len(geo.kernel) <= 2 and compiles(SOURCE, dtype, device)
+
+
+class _Call(ctypes.Structure):
+    """The shapes of a call, as `depthwise.cpp` reads them."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("samples", "channels", "multiplier")),
+        *((name, ctypes.c_int64 * 2) for name in ("size", "out", "kernel", "stride", "dilation", "left")),
+        *((name, ctypes.c_int64) for name in ("last", "n", "width", "tap_step", "channel_step", "threads")),
+    ]
+
+
+@functools.lru_cache(maxsize=1024)
+def _call(geo, size, last, threads):
+    def pair(values, fill=1):
+        return (ctypes.c_int64 * 2)(*[fill] * (2 - len(values)), *values)
+
+    return _Call(
+        samples=geo.batch,
+        channels=geo.groups,
+        multiplier=geo.c_out // geo.groups,
+        size=pair(size),
+        out=pair(geo.out),
+        kernel=pair(geo.kernel),
+        stride=pair(geo.stride),
+        dilation=pair(geo.dilation),
+        left=pair([left for left, _ in geo.pads], 0),
+        last=last,
+        n=geo.n,
+        width=math.prod(geo.cell),
+        tap_step=geo.c_out if geo.per_tap else 1,
+        channel_step=1 if geo.per_tap else math.prod(geo.cell[1:]),
+        threads=threads,
+    )
+
+
+def _run(name, geo, x, last, *arrays):
+    """Call a compiled function."""
+    call = _call(geo, x.shape[2:], last, torch.get_num_threads())
+    return getattr(library(SOURCE, x.dtype), name)(ctypes.byref(call), *map(address, arrays))
+
+
+def _last(x, geo):
+    """Whether to keep channels innermost."""
+    return is_channels_last(x) and geo.c_out == geo.groups
+
+
+def _dense(x, last):
+    """x in the type of computation, without gaps, channels innermost if they are to be the last."""
+    x = x.to(TYPES[x.dtype])
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x.contiguous()
+
+
+def _rows(alpha, geo):
+    """alpha [B, m, n] -> [B, T, Go, n]: a row for every mixed cell."""
+    return live_alpha(alpha, geo).to(TYPES[alpha.dtype]).contiguous()
+
+
+def _kernels(slot, geo, like):
+    """Memory for the kernels of all samples, [B, T, Go, *cell]."""
+    return scratch(slot, (geo.batch, geo.taps, geo.g_out, *geo.cell), like)
+
+
+def depthwise_forward(x, alpha, cells, geo):
+    """Convolve every channel of every sample with its own small kernel."""
+    last = _last(x, geo)
+    source = _dense(x, last)
+    y = empty_like_layout(source, geo.c_out, geo.out)
+    rows, cells = _rows(alpha, geo), cells.to(source.dtype).contiguous()
+    _run("forward", geo, source, last, source, rows, cells, _kernels("kernels", geo, source), y)
+    return y.to(x.dtype)
+
+
+def depthwise_backward(dy, x, alpha, cells, geo, needs):
+    """Gradients of `depthwise_forward`; the kernels are mixed again."""
+    last = _last(x, geo)
+    source, dy = _dense(x, last), _dense(dy, last)
+    rows, cells = _rows(alpha, geo), cells.to(source.dtype).contiguous()
+    dx = dalpha = dcells = sums = dkernels = None
+    if needs[0]:
+        cropped = any(side < 0 for sides in geo.pads for side in sides)
+        dx = torch.zeros_like(source) if cropped else torch.empty_like(source)
+    if needs[1] or needs[2]:
+        dkernels = _kernels("kernel gradients", geo, source)
+    if needs[1]:
+        sums = scratch("sums", (_run("parts_of_alpha", geo, source, last), *rows.shape), source)
+    if needs[2]:
+        dcells = torch.empty_like(cells)
+    kernels = _kernels("kernels", geo, source)
+    _run("backward", geo, source, last, dy, source, rows, cells, kernels, dkernels, dx, sums, dcells)
+    if needs[1]:
+        dalpha = full_alpha(sums[0].unsqueeze(3).clone(), geo)
+    return dx, dalpha, dcells

@@ -1,0 +1,113 @@
+// Products of attentions and a warehouse: kernels[row][e] = sum_j alpha[row][j] cells[j][e], and their gradients.
+#pragma once
+
+#include <vector>
+
+#include "registers.h"
+
+struct Mixture {
+  Int rows, n, width;  // mixed kernels, cells, numbers in each
+  Int threads;
+};
+
+// columns of a warehouse that are worked on at a time
+constexpr Int COLUMNS = 8 * TILE;
+
+static thread_local Buffer mixing[3];
+
+static const Int *numbers(Int count, Int step, std::vector<Int> &table) {
+  table.resize(count);
+  for (Int i = 0; i < count; i++) table[i] = i * step;
+  return table.data();
+}
+
+// rows of a matrix, as far as they are there, side by side and filled up with 0
+static void pack_rows(const real *from, Int rows, Int step, Int count, real *to, Int to_step) {
+  for (Int r = 0; r < rows; r++, from += step, to += to_step) {
+    if (r + 1 < rows) prefetch(from + step, 1, 0, count);
+    Int e = 0;
+    for (; e + LANES <= count; e += LANES) store(to + e, load(from + e));
+    for (; e < to_step; e++) to[e] = e < count ? from[e] : 0;
+  }
+}
+
+static Int whole(Int count) { return (count + LANES - 1) / LANES * LANES; }
+
+// c[row][e] = sum_k a[row][k] b[k][e] for `count` columns; whole vectors of b are read, and only `count` columns written.
+// Rows of c are `c_step` apart; spare: memory of ROWS tiles.
+static void columns_product(Product p, Int rows, Int count, Int c_step, real *spare) {
+  Int spare_rows[ROWS];
+  for (int r = 0; r < ROWS; r++) spare_rows[r] = r * TILE;
+  const real *b = p.b;
+  real *c = p.c;
+  const Int *a_rows = p.a_rows, *c_rows = p.c_rows;
+  const Int parts = (rows + ROWS - 1) / ROWS;
+  for (Int part = 0; part < parts; part++) {
+    const Int first = rows * part / parts, some = rows * (part + 1) / parts - first;
+    p.a_rows = a_rows + first;
+    for (Int e = 0; e < count; e += TILE) {
+      const Int width = std::min<Int>(TILE, count - e);
+      const bool all = width % LANES == 0;
+      p.b = b + e;
+      p.c = all ? c + e : spare, p.c_rows = all ? c_rows + first : spare_rows;
+      product(p, some, (width + LANES - 1) / LANES);
+      for (Int r = 0; r < some && !all; r++)
+        std::memcpy(c + (first + r) * c_step + e, spare + r * TILE, width * sizeof(real));
+    }
+  }
+}
+
+static void mix(const Mixture &m, const real *alpha, const real *cells, real *kernels) {
+  std::vector<Int> tables[2];
+  const Int *a_rows = numbers(m.rows, m.n, tables[0]), *c_rows = numbers(m.rows, m.width, tables[1]);
+  const Int parts = (m.width + COLUMNS - 1) / COLUMNS;
+#pragma omp parallel for schedule(static) num_threads(m.threads)
+  for (Int part = 0; part < parts; part++) {
+    const Int first = part * COLUMNS, count = std::min(COLUMNS, m.width - first), step = whole(count);
+    real *packed = mixing[0].get(m.n * step);
+    pack_rows(cells + first, m.n, m.width, count, packed, step);
+    Product p = {};
+    p.a = alpha, p.a_rows = a_rows, p.a_step = 1;
+    p.b = packed, p.b_step = step;
+    p.c = kernels + first, p.c_rows = c_rows;
+    p.depth = m.n, p.groups = 1;
+    columns_product(p, m.rows, count, m.width, mixing[1].get(ROWS * TILE));
+  }
+}
+
+// Gradients, each unless null.  dalpha has room for `unmix_parts` times as much, which it needs before the sum.
+static Int unmix_parts(const Mixture &m) { return std::max<Int>(1, std::min<Int>(16, m.width / COLUMNS)); }
+
+static void unmix(const Mixture &m, const real *dkernels, const real *alpha, const real *cells, real *dalpha,
+                  real *dcells) {
+  std::vector<Int> tables[2];
+  const Int *a_rows = numbers(m.n, 1, tables[0]), *c_rows = numbers(m.n, m.width, tables[1]);
+  const Int parts = unmix_parts(m), size = m.rows * m.n;
+  if (dcells) expect_writes(dcells, m.n * m.width);
+#pragma omp parallel for schedule(static) num_threads(m.threads)
+  for (Int part = 0; part < parts; part++) {
+    const Int vectors = whole(m.width) / LANES;
+    const Int begin = vectors * part / parts * LANES, end = std::min(vectors * (part + 1) / parts * LANES, m.width);
+    for (Int first = begin; first < end; first += COLUMNS) {
+      const Int count = std::min(COLUMNS, end - first), step = whole(count);
+      real *gradients = mixing[0].get(m.rows * step);
+      pack_rows(dkernels + first, m.rows, m.width, count, gradients, step);
+      if (dalpha) {
+        real *packed = mixing[2].get(m.n * step);
+        pack_rows(cells + first, m.n, m.width, count, packed, step);
+        all_dots(gradients, step, m.rows, packed, step, m.n, dalpha + part * size, step, first > begin);
+      }
+      if (dcells) {
+        Product p = {};
+        p.a = alpha, p.a_rows = a_rows, p.a_step = m.n;
+        p.b = gradients, p.b_step = step;
+        p.c = dcells + first, p.c_rows = c_rows;
+        p.depth = m.rows, p.groups = 1;
+        columns_product(p, m.n, count, m.width, mixing[1].get(ROWS * TILE));
+      }
+    }
+  }
+  if (dalpha)
+    for (Int part = 1; part < parts; part++)
+      for (Int i = 0; i < size; i++) dalpha[i] += dalpha[part * size + i];
+}

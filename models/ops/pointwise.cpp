@@ -1,0 +1,129 @@
+// Point-wise convolution on the CPU with a kernel for every sample, for maps that are large beside the kernels: these are
+// mixed once and stay in the cache, while positions go by.  Called by pointwise.py, which describes the arrays.
+
+#include "mixing.h"
+
+// positions whose inputs are worked on at a time, at most; and bytes of them, to fit a cache of the second level
+constexpr Int POSITIONS = 8 * TILE, CACHE_BYTES = 256 << 10;
+// positions over which gradients of kernels are summed at a time
+constexpr Int SUMMED = 128;
+
+static thread_local Buffer buffers[2];
+
+// the fields are filled by pointwise.py, in this order
+struct Call {
+  Int samples, g_out, g_in, n, c_out, c_in, positions;  // samples: of all groups
+  Int threads;
+
+  Int inputs() const { return g_in * c_in; }
+  Int outputs() const { return g_out * c_out; }
+  Int kernel_size() const { return inputs() * outputs(); }
+  Mixture mixture() const { return {samples * g_out * g_in, n, c_out * c_in, threads}; }
+};
+
+// to[position][row], filled up with 0 to whole vectors of rows; from: rows of a multiple of LANES numbers
+static void turn_rows(const real *from, Int rows, Int from_step, Int count, real *to, Int to_step) {
+  for (Int p = 0; p < count; p += LANES)
+    for (Int r = 0; r < rows; r += LANES) {
+      if (r + LANES <= rows && p + LANES <= count) {
+        transpose(from + r * from_step + p, from_step, to + p * to_step + r, to_step);
+        continue;
+      }
+      for (Int i = p; i < std::min(p + LANES, count); i++)
+        for (Int j = r; j < r + LANES; j++) to[i * to_step + j] = j < rows ? from[j * from_step + i] : 0;
+    }
+}
+
+// Where the rows of a kernel lie that are multiplied, over groups of channels that are summed.
+struct Kernel {
+  std::vector<Int> rows, groups;
+  Int step, depth;  // between two channels that are summed, and their number in a group
+};
+
+// y[s][row] = sum over channels of kernel[s][row][channel] x[s][channel], rows and channels of positions
+static void multiply(const Call &c, const Kernel &kernel, const real *kernels, Int channels, const real *x, real *y) {
+  const Int block = std::max<Int>(TILE, std::min(POSITIONS, CACHE_BYTES / Int(sizeof(real)) / channels / TILE * TILE));
+  const Int blocks = (c.positions + block - 1) / block, rows = kernel.rows.size();
+  std::vector<Int> table;
+  const Int *y_rows = numbers(rows, c.positions, table);
+#pragma omp parallel for schedule(static) num_threads(c.threads)
+  for (Int item = 0; item < c.samples * blocks; item++) {
+    const Int s = item / blocks, first = item % blocks * block;
+    const Int count = std::min(block, c.positions - first), step = whole(count);
+    real *packed = buffers[0].get(channels * step);
+    pack_rows(x + s * channels * c.positions + first, channels, c.positions, count, packed, step);
+    Product p = {};
+    p.a = kernels + s * c.kernel_size(), p.a_rows = kernel.rows.data(), p.a_step = kernel.step;
+    p.a_groups = kernel.groups.data(), p.groups = kernel.groups.size(), p.depth = kernel.depth;
+    p.b = packed, p.b_step = step, p.b_group = kernel.depth * step;
+    p.c = y + s * rows * c.positions + first, p.c_rows = y_rows;
+    columns_product(p, rows, count, c.positions, buffers[1].get(ROWS * TILE));
+  }
+}
+
+extern "C" {
+
+Int lanes() { return LANES; }
+
+// y [s][output][position]; kernels is memory to work in
+void forward(const Call *call, const real *x, const real *alpha, const real *cells, real *kernels, real *y) {
+  const Call &c = *call;
+  mix(c.mixture(), alpha, cells, kernels);
+  const Int cell = c.c_out * c.c_in;
+  Kernel kernel = {{}, {}, 1, c.c_in};
+  for (Int o = 0; o < c.outputs(); o++)
+    kernel.rows.push_back(o / c.c_out * c.g_in * cell + o % c.c_out * c.c_in);
+  for (Int g = 0; g < c.g_in; g++) kernel.groups.push_back(g * cell);
+  multiply(c, kernel, kernels, c.inputs(), x, y);
+}
+
+// number of partial sums that dalpha has room for
+Int parts_of_alpha(const Call *call) { return unmix_parts(call->mixture()); }
+
+// dx, dalpha and dcells, each unless null; kernels and dkernels (null if neither dalpha nor dcells is asked for) are
+// memory to work in
+void backward(const Call *call, const real *dy, const real *x, const real *alpha, const real *cells, real *kernels,
+              real *dkernels, real *dx, real *dalpha, real *dcells) {
+  const Call &c = *call;
+  const Int cell = c.c_out * c.c_in;
+  if (dx) {
+    mix(c.mixture(), alpha, cells, kernels);
+    Kernel kernel = {{}, {}, c.c_in, c.c_out};
+    for (Int i = 0; i < c.inputs(); i++) kernel.rows.push_back(i / c.c_in * cell + i % c.c_in);
+    for (Int g = 0; g < c.g_out; g++) kernel.groups.push_back(g * c.g_in * cell);
+    multiply(c, kernel, kernels, c.outputs(), dy, dx);
+  }
+  if (!dkernels) return;
+  // a block of outputs and one of inputs is a cell; parts of its rows where there are fewer than threads can share
+  const Int units = c.samples * c.g_out * c.g_in;
+  const Int parts = std::min(c.c_out, std::max<Int>(1, (4 * c.threads + units - 1) / units));
+  std::vector<Int> tables[3];
+  const Int *dy_rows = numbers(c.c_out, c.positions, tables[0]), *rows = numbers(c.c_out, c.c_in, tables[1]);
+  const Int *spare_rows = numbers(c.c_out, TILE, tables[2]);
+#pragma omp parallel for schedule(static) num_threads(c.threads)
+  for (Int item = 0; item < units * parts; item++) {
+    const Int u = item / parts, s = u / (c.g_out * c.g_in), o = u / c.g_in % c.g_out, i = u % c.g_in;
+    const Int r0 = c.c_out * (item % parts) / parts, r1 = c.c_out * (item % parts + 1) / parts, step = whole(c.c_in);
+    real *turned = buffers[0].get(SUMMED * step), *spare = buffers[1].get(c.c_out * step);
+    std::vector<Int> unused;
+    for (Int first = 0; first < c.positions; first += SUMMED) {
+      const Int count = std::min(SUMMED, c.positions - first);
+      turn_rows(x + (s * c.inputs() + i * c.c_in) * c.positions + first, c.c_in, c.positions, count, turned, step);
+      Product p = {};
+      p.a = dy + (s * c.outputs() + o * c.c_out + r0) * c.positions + first, p.a_rows = dy_rows, p.a_step = 1;
+      p.depth = count, p.groups = 1, p.add = first > 0;
+      p.b_step = step, p.c_rows = spare_rows;
+      for (Int e = 0; e < step; e += TILE) {
+        // tiles of the sum follow each other
+        p.b = turned + e, p.c = spare + e * (r1 - r0);
+        product(p, r1 - r0, std::min<Int>(VECTORS, (step - e) / LANES));
+      }
+    }
+    for (Int e = 0; e < c.c_in; e += TILE)
+      for (Int r = r0; r < r1; r++)
+        std::memcpy(dkernels + u * cell + rows[r] + e, spare + e * (r1 - r0) + (r - r0) * TILE,
+                    std::min<Int>(TILE, c.c_in - e) * sizeof(real));
+  }
+  unmix(c.mixture(), dkernels, alpha, cells, dalpha, dcells);
+}
+}
