@@ -1,95 +1,115 @@
-"""Which order evaluates a call soonest: a sum of arithmetic, traffic and calls per order.
+"""Which order evaluates a call soonest: the estimated time of every order is a sum over what it does.
 
-The unit is the microsecond.  Only ratios matter, and the forward and the backward pass scale alike.
+The unit is the microsecond.  Only ratios matter.
 """
 
 import math
-from dataclasses import dataclass
 
 from .geometry import Geometry, patches_are_copies
 from .scratch import LIMIT_BYTES
 
-MB = 1 << 20
+GIGA, MB = 1e9, 1 << 20
 LANES = 16  # of a vector register
 TILE = 16  # rows, columns and inner sizes of tiles that tensor cores multiply
 
-
-@dataclass(frozen=True)
-class Device:
-    """Costs of a kind of device, in microseconds."""
-
-    gflop: float  # of matrix products and convolutions, per 1e9 multiply-adds
-    mix_gflop: float  # of the product that assembles kernels, which has few rows
-    kernel_mb: float  # to write and read assembled kernels
-    reorder_mb: float  # to permute and reorder kernels for a convolution, in memory that is handed on
-    fresh_mb: float  # and in fresh memory
-    patch_mb: float  # to gather patches
-    mixed_mb: float  # to write, permute and read mixed inputs
-    fused_gflop: float  # of the products of compiled tiles
-    pack_mb: float  # to pack tiles of the warehouse
-    turn_mb: float  # to turn inputs and outputs around
-    triton_gflop: float  # of Triton's convolution, in half precision; float32 takes four times as long
-    triton_fused_gflop: float  # and of the one that mixes its kernels on the way
-    call: float  # of one library call
-
-
-# cpu: fitted to `python scripts/benchmark.py --layers` with 2 threads, float32, on an x86-64 server core;
-# cuda: not measured, set from the memory bandwidth and peak rate of a data-centre GPU, where cuDNN's grouped
-# convolution of one sample's kernel each is the slow part; Triton's kernels are chosen only by name until they are
-DEVICES = {
-    "cpu": Device(8700, 13000, 700, 100, 520, 150, 800, 10500, 120, 120, math.inf, math.inf, 15),
-    "cuda": Device(10, 10, 0.5, 20, 20, 1, 1, math.inf, math.inf, 1, math.inf, math.inf, 5),
+# microseconds for what `work` counts, (forward pass, backward pass)
+# cpu: `python scripts/fit_costs.py` with 2 threads on an x86-64 server core with AVX-512
+CPU = {
+    "grouped": [
+        (27900, 126, 311, 977, 12800, 28800, 114, 6.94, 119),
+        (59300, 445, 870, 2520, 28100, 207000, 129, 3.87, 214),
+    ],
+    "batched": [
+        (22700, 139, 141, 15300, 118, 41.7, 0, 90.5),
+        (46100, 444, 444, 30100, 289, 161, 0, 147),
+    ],
+    "mixed": [
+        (12500, 93.2, 343, 0, 165),
+        (28300, 255, 850, 0, 272),
+    ],
+    "fused": [
+        (11000, 17300, 53, 315, 58.7),
+        (25500, 50600, 293, 513, 16.2),
+    ],
+    "depthwise": [
+        (37600, 28800, 52.5, 47300, 0, 26.5),
+        (62500, 140000, 85.7, 104000, 0, 58.9),
+    ],
+    "pointwise": [
+        (14700, 12200, 104, 40.9, 57.4, 27.6),
+        (25600, 27000, 665, 137, 255, 0),
+    ],
 }
+# not measured: set from the memory bandwidth and peak rate of a data-centre GPU, where cuDNN's grouped convolution of
+# one sample's kernel each is the slow part.  Orders that are missing are chosen only by name
+CUDA = {
+    "grouped": [(10, 0.5, 20.5, 20.5, 10, 10, 1, 0, 20)] * 2,
+    "batched": [(10, 0.5, 0.5, 10, 1, 0.5, 5, 15)] * 2,
+    "mixed": [(10, 0.5, 1, 5, 20)] * 2,
+}
+DEVICES = {"cpu": CPU, "cuda": CUDA}
 
 
-def _tiles(size):
+def _filled(size, tile):
     """A size, filled up to whole tiles."""
-    return math.ceil(size / TILE) * TILE
+    return math.ceil(size / tile) * tile
 
 
-def estimate(order, geo: Geometry, item_bytes, device):
-    """Estimated cost of a forward pass in microseconds."""
-    d = DEVICES.get(device, DEVICES["cpu"])
+def work(order, geo: Geometry, item_bytes):
+    """What an order has to do in a forward pass: 1e9 multiply-adds of its products, MB that it moves, calls."""
     groups = geo.groups if geo.foldable else 1
     batch, g_out, k = geo.batch * groups, geo.g_out // groups, geo.taps * geo.g_in
     c_out, q, positions = geo.cell[0], geo.q, geo.positions
     kernels = batch * g_out * c_out * k * q
-    assemble = kernels * geo.n / 1e9 * d.mix_gflop + kernels * item_bytes / MB * d.kernel_mb
-    convolve = kernels * positions / 1e9 * d.gflop
-    # inputs and outputs, turned around where an order or a library wants another layout
-    turned = batch * positions * (g_out * c_out + geo.g_in * q) * item_bytes / MB * d.turn_mb
+    # twice as wide numbers take twice as long
+    wide = max(1, item_bytes / 4) / GIGA
+    size = kernels * item_bytes / MB
+    mix, convolve = kernels * geo.n * wide, kernels * positions * wide
+    # inputs and outputs
+    warehouse = geo.n * c_out * q * item_bytes / MB
+    moved = geo.batch * positions * (geo.c_out + geo.groups * geo.g_in * q) * item_bytes / MB
     if order == "grouped":
-        size = kernels * item_bytes
-        reorder = size / MB * (d.reorder_mb if size <= LIMIT_BYTES else d.fresh_mb)
-        return assemble + convolve + reorder + turned + 4 * (1 + geo.batch) * d.call
-    if order in ("depthwise", "pointwise"):
-        return kernels * positions / 1e9 * d.gflop + 3 * d.call
+        fresh = size * MB > LIMIT_BYTES
+        # libraries convolve groups more slowly
+        dense = geo.groups == 1
+        return (
+            mix, warehouse, size * (not fresh), size * fresh, convolve * dense, convolve * (not dense), moved, geo.batch, 1
+        )  # fmt: skip
     if order == "batched":
         patches = batch * k * q * positions * item_bytes / MB if patches_are_copies(geo) else 0
         # every product but the first adds to the output in memory
         sums = (k - 1) * batch * g_out * c_out * positions * item_bytes / MB
-        return assemble + convolve + patches * d.patch_mb + sums * d.patch_mb / 2 + (k + 3) * d.call
+        return mix, warehouse, size, convolve, patches, sums, k, 1
+    if order == "mixed":
+        mixed = batch * g_out * geo.n * positions * q
+        return mixed * (k + c_out) * wide, warehouse, mixed * item_bytes / MB, geo.n, 1
     if order == "fused":
         # channels fill whole registers, and short products wait for their operands
-        kernels = batch * k * g_out * math.ceil(c_out / LANES) * math.ceil(q / LANES) * LANES**2
-        flops = kernels * (max(positions, 4) + geo.n * max(1, 6 / max(1, batch * g_out * k)))
-        return flops / 1e9 * d.fused_gflop + geo.n * c_out * q * item_bytes / MB * d.pack_mb + turned + 6 * d.call
-    if order in ("triton", "triton_fused"):
-        # tiles are full, whatever the shape
-        kernels = batch * k * g_out * _tiles(c_out) * _tiles(q)
-        mix, rate = kernels * _tiles(geo.n), 1 if item_bytes < 4 else 4
-        if order == "triton":
-            size = kernels * item_bytes / MB
-            flops = mix + kernels * _tiles(positions)
-            return flops / 1e9 * rate * d.triton_gflop + size * d.kernel_mb + 3 * d.call
-        # mixed anew for every 64 positions, for 16 samples at a time
-        flops = (mix * math.ceil(positions / 64) + kernels * _tiles(positions)) * _tiles(batch) / max(1, batch)
-        return flops / 1e9 * rate * d.triton_fused_gflop + 2 * d.call
-    mixed = batch * g_out * geo.n * positions * q
-    products = mixed * (k + c_out) / 1e9 * d.gflop
-    return products + mixed * item_bytes / MB * d.mixed_mb + (geo.n + 4) * d.call
+        kernels = batch * k * g_out * _filled(c_out, LANES) * _filled(q, LANES) * wide
+        short = max(1, 6 / max(1, batch * g_out * k))
+        return kernels * max(positions, 4), kernels * geo.n * short, warehouse, moved, 1
+    if order == "depthwise":
+        return convolve, mix, moved, geo.batch * geo.c_out / 1e6, warehouse, 1
+    if order == "pointwise":
+        return convolve, mix, size, moved, warehouse, 1
+    # Triton: tiles are full, whatever the shape
+    kernels = batch * k * g_out * _filled(c_out, TILE) * _filled(q, TILE) * (1 if item_bytes < 4 else 4) / GIGA
+    mix = kernels * _filled(geo.n, TILE)
+    if order == "triton":
+        return mix, kernels * _filled(positions, TILE), size, 1
+    # mixed anew for every 64 positions, for 16 samples at a time
+    full = _filled(batch, TILE) / max(1, batch)
+    return mix * math.ceil(positions / 64) * full, kernels * _filled(positions, TILE) * full, 1
 
 
-def cheapest(geo, available, item_bytes, device):
+def estimate(order, geo, item_bytes, device, backward=False):
+    """Estimated microseconds of a pass."""
+    costs = DEVICES.get(device, CPU).get(order)
+    if costs is None:
+        return math.inf
+    return sum(a * b for a, b in zip(work(order, geo, item_bytes), costs[backward], strict=True))
+
+
+def cheapest(geo, available, item_bytes, device, backward=False):
     """The order of least estimated cost."""
-    return min(available, key=lambda order: estimate(order, geo, item_bytes, device))
+    return min(available, key=lambda order: estimate(order, geo, item_bytes, device, backward))

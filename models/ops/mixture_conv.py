@@ -76,14 +76,26 @@ def _check(x, alpha, cells, kernel_size, groups):
         )
 
 
-def _geometry_and_order(x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, strict):
+def _geometry_and_order(x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, strict, backward):
     lists = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
-    return _plan(x.shape, alpha.shape, cells.shape, *lists, groups, x.dtype, x.device.type, order, strict)
+    return _plan(x.shape, alpha.shape, cells.shape, *lists, groups, x.dtype, x.device.type, order, strict, backward)
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, dilation, groups, dtype, device, order, strict
+    x_shape,
+    alpha_shape,
+    cells_shape,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    dtype,
+    device,
+    order,
+    strict,
+    backward,
 ):
     """Geometry and order of a call; networks make the same calls again and again."""
     geo = geometry(x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, dilation, groups)
@@ -92,7 +104,7 @@ def _plan(
         if strict or order not in ORDERS:
             raise ValueError(f"order '{order}' cannot evaluate this call; available: {', '.join(available)}")
         order = "auto"
-    return geo, cheapest(geo, available, dtype.itemsize, device) if order == "auto" else order
+    return geo, cheapest(geo, available, dtype.itemsize, device, backward) if order == "auto" else order
 
 
 def _in_layout(y, last):
@@ -112,7 +124,8 @@ def _mixture_conv(
     order: str,
     strict: bool,
 ) -> torch.Tensor:
-    geo, order = _geometry_and_order(x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, strict)
+    arguments = (x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, strict)
+    geo, order = _geometry_and_order(*arguments, False)
     if x.shape[0] == 0:
         return x.new_empty(0, geo.c_out, *geo.out)
     return _in_layout(ORDERS[order][0](x, alpha, cells, geo), is_channels_last(x))
@@ -142,7 +155,8 @@ def _mixture_conv_backward(
     order: str,
     needs: list[bool],
 ) -> list[torch.Tensor]:
-    geo, order = _geometry_and_order(x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, False)
+    arguments = (x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, False)
+    geo, order = _geometry_and_order(*arguments, True)
     if x.shape[0] == 0:
         return [torch.zeros_like(t) for t, need in zip((x, alpha, cells), needs, strict=True) if need]
     grads = ORDERS[order][1](dy, x, alpha, cells, geo, needs)
