@@ -113,7 +113,7 @@ def compare_layers(config, batch, size, args):
         for order in ("naive", *(order for order in orders if costs[order] < 10 * costs[chosen])):
 
             def forward(order=order, tensors=tensors, kernel=kernel, rest=rest):
-                return mixture_conv(*tensors, kernel, None, *rest, order=order)
+                return mixture_conv(*tensors, kernel, None, *rest, backend=order)
 
             def both(forward=forward, tensors=tensors):
                 y = forward()

@@ -72,7 +72,7 @@ def test_order_equals_naive(order, seed):
     tensors, arguments = make_call(seed)
     fitting(order, tensors, arguments)
     reference = with_gradients(mixture_conv_naive, tensors, arguments)
-    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, order=order), reference, strict=True):
+    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, backend=order), reference, strict=True):
         assert_same(value, expected)
 
 
@@ -84,7 +84,7 @@ def test_order_equals_naive_in_float32(order, seed):
     exact = [t.detach().double().requires_grad_() for t in tensors]
     bias = arguments[1] if arguments[1] is None else arguments[1].double()
     reference = with_gradients(mixture_conv_naive, exact, (arguments[0], bias, *arguments[2:]))
-    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, order=order), reference, strict=True):
+    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, backend=order), reference, strict=True):
         assert_same(value, expected)
 
 
@@ -113,7 +113,7 @@ def test_tiles(order, stride, shape):
     arguments = [k] * dims, None, *([v] * dims for v in (stride, k // 2, 1)), groups
     fitting(order, tensors, arguments)
     reference = with_gradients(mixture_conv_naive, tensors, arguments)
-    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, order=order), reference, strict=True):
+    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, backend=order), reference, strict=True):
         assert_same(value, expected)
 
 
@@ -144,7 +144,7 @@ def test_depthwise(order, last, window, shape):
     tensors = [t.double().requires_grad_() for t in (x, alpha, cells)]
     arguments = (list(kernel), None, list(stride), list(padding), list(dilation), channels)
     reference = with_gradients(mixture_conv_naive, tensors, arguments)
-    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, order=order), reference, strict=True):
+    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, backend=order), reference, strict=True):
         assert_same(value, expected)
 
 
@@ -177,7 +177,7 @@ def test_compiled_order_does_not_depend_on_the_number_of_threads(order, x, alpha
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        results.append(with_gradients(mixture_conv, tensors, arguments, order=order))
+        results.append(with_gradients(mixture_conv, tensors, arguments, backend=order))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
@@ -192,7 +192,7 @@ def test_without_a_compiler(compiler, reason, monkeypatch, recwarn):
     assert_same(y, mixture_conv_naive(*tensors, (3, 3), padding=1))
     assert len(recwarn) == bool(compiler) and all(reason in str(w.message) for w in recwarn)
     with pytest.raises(ValueError, match="available: grouped, batched, mixed"):
-        mixture_conv(*tensors, (3, 3), padding=1, order="fused")
+        mixture_conv(*tensors, (3, 3), padding=1, backend="fused")
     importlib.import_module("models.ops.mixture_conv")._plan.cache_clear()
 
 
@@ -208,7 +208,7 @@ def test_low_precision_is_as_exact_as_naive(order, dtype, shape):
     low = [t.to(dtype).requires_grad_() for t in (x, alpha, cells)]
     exact = with_gradients(mixture_conv_naive, [t.detach().double().requires_grad_() for t in low], arguments)
     naive = with_gradients(mixture_conv_naive, low, arguments)
-    ours = with_gradients(mixture_conv, low, arguments, order=order)
+    ours = with_gradients(mixture_conv, low, arguments, backend=order)
     for value, standard, expected in zip(ours, naive, exact, strict=True):
         assert value.dtype == dtype
         assert difference(value, expected) <= 1.5 * difference(standard, expected) + 1e-3
@@ -219,7 +219,7 @@ def test_low_precision_is_as_exact_as_naive(order, dtype, shape):
 def test_gradcheck(order, seed):
     tensors, arguments = make_call(seed)
     fitting(order, tensors, arguments)
-    assert torch.autograd.gradcheck(lambda *t: mixture_conv(*t, *arguments, order=order), tensors, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *t: mixture_conv(*t, *arguments, backend=order), tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -229,7 +229,7 @@ def test_only_the_asked_gradients(order):
     reference = with_gradients(mixture_conv_naive, tensors, arguments)[1:]
     for i in range(3):
         only = [t.detach().requires_grad_(j == i) for j, t in enumerate(tensors)]
-        y = mixture_conv(*only, *arguments, order=order)
+        y = mixture_conv(*only, *arguments, backend=order)
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         assert_same(torch.autograd.grad(y, only[i], dy)[0], reference[i])
 
@@ -244,7 +244,7 @@ def test_pieces(order, monkeypatch):
     arguments = ([3, 3], None, [1, 1], [1, 1], [1, 1], 1)
     fitting(order, tensors, arguments)
     reference = with_gradients(mixture_conv_naive, tensors, arguments)
-    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, order=order), reference, strict=True):
+    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, backend=order), reference, strict=True):
         assert_same(value, expected)
 
 
@@ -264,8 +264,8 @@ def test_layout_of_the_input_is_kept(order, groups, kernel):
     alpha, cells = torch.randn(2, kernel**2, 4), torch.randn(4, 5, 5 // groups, 1, 1)
     x, arguments = torch.randn(2, 5, 8, 8), ([kernel] * 2, None, [1, 1], [kernel // 2] * 2, [1, 1], groups)
     fitting(order, (x, alpha, cells), arguments)
-    y = mixture_conv(x, alpha, cells, *arguments, order=order)
-    last = mixture_conv(x.to(memory_format=torch.channels_last), alpha, cells, *arguments, order=order)
+    y = mixture_conv(x, alpha, cells, *arguments, backend=order)
+    last = mixture_conv(x.to(memory_format=torch.channels_last), alpha, cells, *arguments, backend=order)
     assert y.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
     assert_same(last, y)
 
@@ -288,6 +288,34 @@ def test_autocast_decides_the_data_type():
     assert_same(y, mixture_conv_naive(x, alpha, cells, (3, 3), padding=1))
 
 
+def test_vmap_and_grad_of_functions():
+    """Per-sample gradients by torch.func, for shared cells and for cells of each sample."""
+    x, alpha, cells = torch.randn(3, 2, 4, 5, 5), torch.randn(3, 2, 9, 3), torch.randn(3, 4, 4, 1, 1)
+
+    def loss(x, alpha, cells, function=mixture_conv):
+        return function(x, alpha, cells, (3, 3), padding=1).square().sum()
+
+    def naive(*tensors):
+        return loss(*tensors, mixture_conv_naive)
+
+    for dims, shared in (((0, 0, None), cells), ((0, 0, 0), torch.stack([cells, 2 * cells, -cells]))):
+        values, expected = (torch.func.vmap(f, dims)(x, alpha, shared) for f in (loss, naive))
+        assert_same(values, expected)
+        gradients = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)), dims)(x, alpha, shared)
+        for i in range(3):
+            each = shared if dims[2] is None else shared[i]
+            for value, one in zip(gradients, torch.func.grad(naive, (0, 1, 2))(x[i], alpha[i], each), strict=True):
+                assert_same(value[i], one)
+
+
+def test_second_derivatives_are_refused():
+    x, alpha, cells = torch.randn(2, 4, 5, 5, requires_grad=True), torch.randn(2, 9, 3), torch.randn(3, 4, 4, 1, 1)
+    y = mixture_conv(x, alpha, cells, (3, 3), padding=1).square().sum()
+    (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 def test_empty_batch():
     y = mixture_conv(torch.randn(0, 4, 5, 5), torch.randn(0, 9, 3), torch.randn(3, 6, 4, 1, 1), (3, 3), padding=1)
     assert y.shape == (0, 6, 5, 5)
@@ -301,13 +329,13 @@ def test_empty_batch():
         ((2, 4, 5, 5), (2, 8, 3), (3, 4, 4, 1, 1), 1, None, "do not make a kernel"),
         ((2, 4, 5, 5), (2, 9, 3), (3, 4, 4, 1), 1, None, "differ in rank"),
         ((2, 4, 5, 5), (2, 9, 3), (3, 4, 4, 2, 2), 1, None, "wide, like the kernel"),
-        ((2, 4, 5, 5), (2, 9, 3), (3, 4, 1, 1, 1), 4, "mixed", "available: grouped"),
+        ((2, 4, 5, 5), (2, 9, 3), (3, 4, 1, 1, 1), 4, "mixed", "backend 'mixed' cannot .* available: grouped"),
         ((2, 4, 5, 5), (2, 9, 3), (3, 4, 4, 1, 1), 1, "fastest", "cannot evaluate"),
     ],
 )
 def test_what_does_not_fit_is_refused(x, alpha, cells, groups, order, message):
     with pytest.raises(ValueError, match=message):
-        mixture_conv(torch.randn(x), torch.randn(alpha), torch.randn(cells), (3, 3), None, 1, 1, 1, groups, order=order)
+        mixture_conv(torch.randn(x), torch.randn(alpha), torch.randn(cells), (3, 3), None, 1, 1, 1, groups, backend=order)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def check(order, function, *arguments):
     """Output and gradients of a call in float32."""
     tensors, arguments, reference = in_float64(function, *arguments)
     bias = arguments[1] if arguments[1] is None else arguments[1].to(DEVICE)
-    values = with_gradients(mixture_conv, place(tensors), (arguments[0], bias, *arguments[2:]), order=order)
+    values = with_gradients(mixture_conv, place(tensors), (arguments[0], bias, *arguments[2:]), backend=order)
     for value, expected in zip(values, reference, strict=True):
         assert_same(value.cpu(), expected)
 
@@ -130,7 +130,7 @@ def test_low_precision_is_as_exact_as_naive(order, dtype, shape):
     low = [t.to(dtype).requires_grad_() for t in tensors]
     exact = with_gradients(mixture_conv_naive, [t.detach().double().requires_grad_() for t in low], arguments)
     naive = with_gradients(mixture_conv_naive, low, arguments)
-    ours = with_gradients(mixture_conv, place(low, dtype), arguments, order=order)
+    ours = with_gradients(mixture_conv, place(low, dtype), arguments, backend=order)
     for value, standard, expected in zip(ours, naive, exact, strict=True):
         assert value.dtype == dtype
         assert difference(value.cpu(), expected) <= 1.5 * difference(standard, expected) + 1e-3
@@ -146,7 +146,7 @@ def test_sums_over_samples_are_not_rounded(order):
     dy[-1] = 0
     dy[-1, :, 0, 0] = -72
     dy[-1, :, 0, 1] = -0.25
-    y = mixture_conv(*tensors, (1, 1), order=order)
+    y = mixture_conv(*tensors, (1, 1), backend=order)
     assert torch.equal(torch.autograd.grad(y, tensors[2], dy)[0].cpu(), torch.full_like(cells, -0.25).bfloat16())
 
 
@@ -155,7 +155,7 @@ def test_only_the_asked_gradients(order):
     tensors, arguments, reference = in_float64(call_of, *TILES[3])
     for i in range(3):
         only = [t.requires_grad_(j == i) for j, t in enumerate(place(tensors))]
-        y = mixture_conv(*only, *arguments, order=order)
+        y = mixture_conv(*only, *arguments, backend=order)
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
         assert_same(torch.autograd.grad(y, only[i], dy)[0].cpu(), reference[i + 1])
 
@@ -165,14 +165,14 @@ def test_layout_of_the_input_is_kept(order):
     (x, alpha, cells), arguments = call_of(2, 5, 6, 1, 1, 1, 3, (8, 8), 4, 1, 1)
     x, alpha, cells = place([x, alpha, cells])
     expected = mixture_conv_naive(x, alpha, cells, *arguments)
-    last = mixture_conv(x, alpha, cells, *arguments, order=order)
-    first = mixture_conv(x.contiguous(), alpha, cells, *arguments, order=order)
+    last = mixture_conv(x, alpha, cells, *arguments, backend=order)
+    first = mixture_conv(x.contiguous(), alpha, cells, *arguments, backend=order)
     assert first.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
     assert_same(first, expected), assert_same(last, expected)
     # neither dense nor in a common order, as gradients of sums and slices of tensors are
     every_other = torch.stack([x, x], -1)[..., 0]
     wide = alpha.repeat_interleave(2, 2)[..., ::2]
-    y = mixture_conv(every_other, wide, cells, *arguments, order=order)
+    y = mixture_conv(every_other, wide, cells, *arguments, backend=order)
     assert_same(y, expected)
     assert_same(torch.autograd.grad(y.sum(), cells)[0], torch.autograd.grad(expected.sum(), cells)[0])
 
@@ -182,6 +182,6 @@ def test_tables_do_not_depend_on_the_batch():
     tensors = place(call_of(4, 3, 3, 1, 1, 1, 3, (6, 5), 2)[0])
     misses = []
     for batch in (2, 3, 4):
-        with_gradients(mixture_conv, [t[:batch] for t in tensors[:2]] + tensors[2:], ((3, 3),), order="triton")
+        with_gradients(mixture_conv, [t[:batch] for t in tensors[:2]] + tensors[2:], ((3, 3),), backend="triton")
         misses.append(triton_orders._tables.cache_info().misses)
     assert misses[0] == misses[2]

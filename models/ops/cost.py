@@ -27,6 +27,10 @@ CPU = {
         (12500, 93.2, 343, 0, 165),
         (28300, 255, 850, 0, 272),
     ],
+    "outputs": [
+        (9000, 300, 300, 100, 60),
+        (40000, 1100, 900, 300, 120),
+    ],
     "fused": [
         (11000, 17300, 53, 315, 58.7),
         (25500, 50600, 293, 513, 16.2),
@@ -46,6 +50,7 @@ CUDA = {
     "grouped": [(10, 0.5, 20.5, 20.5, 10, 10, 1, 0, 20)] * 2,
     "batched": [(10, 0.5, 0.5, 10, 1, 0.5, 5, 15)] * 2,
     "mixed": [(10, 0.5, 1, 5, 20)] * 2,
+    "outputs": [(10, 0.5, 2, 1, 15)] * 2,
 }
 DEVICES = {"cpu": CPU, "cuda": CUDA}
 
@@ -83,6 +88,9 @@ def work(order, geo: Geometry, item_bytes):
     if order == "mixed":
         mixed = batch * g_out * geo.n * positions * q
         return mixed * (k + c_out) * wide, warehouse, mixed * item_bytes / MB, geo.n, 1
+    if order == "outputs":
+        cells = geo.n * batch * c_out * positions
+        return cells * q * wide, warehouse, cells * item_bytes / MB, moved, 1
     if order == "fused":
         # channels fill whole registers, and short products wait for their operands
         kernels = batch * k * g_out * _filled(c_out, LANES) * _filled(q, LANES) * wide

@@ -10,8 +10,11 @@ struct Mixture {
   Int threads;
 };
 
-// columns of a warehouse that are worked on at a time
+// columns of a warehouse that are mixed at a time
 constexpr Int COLUMNS = 8 * TILE;
+// numbers of kernels and of a warehouse whose products are summed at a time, to fit a cache of the second level: sums
+// over short lines cost as much as the products
+constexpr Int SUMMED_NUMBERS = (640 << 10) / Int(sizeof(real)), SUMMED_COLUMNS = 64 * TILE;
 
 static thread_local Buffer mixing[3];
 
@@ -34,8 +37,8 @@ static void pack_rows(const real *from, Int rows, Int step, Int count, real *to,
 static Int whole(Int count) { return (count + LANES - 1) / LANES * LANES; }
 
 // c[row][e] = sum_k a[row][k] b[k][e] for `count` columns; whole vectors of b are read, and only `count` columns written.
-// Rows of c are `c_step` apart; spare: memory of ROWS tiles.
-static void columns_product(Product p, Int rows, Int count, Int c_step, real *spare) {
+// spare: memory of ROWS tiles.
+static void columns_product(Product p, Int rows, Int count, real *spare) {
   Int spare_rows[ROWS];
   for (int r = 0; r < ROWS; r++) spare_rows[r] = r * TILE;
   const real *b = p.b;
@@ -50,9 +53,11 @@ static void columns_product(Product p, Int rows, Int count, Int c_step, real *sp
       const bool all = width % LANES == 0;
       p.b = b + e;
       p.c = all ? c + e : spare, p.c_rows = all ? c_rows + first : spare_rows;
+      for (Int r = 0; r < some && !all && p.add; r++)
+        std::memcpy(spare + r * TILE, c + c_rows[first + r] + e, width * sizeof(real));
       product(p, some, (width + LANES - 1) / LANES);
       for (Int r = 0; r < some && !all; r++)
-        std::memcpy(c + (first + r) * c_step + e, spare + r * TILE, width * sizeof(real));
+        std::memcpy(c + c_rows[first + r] + e, spare + r * TILE, width * sizeof(real));
     }
   }
 }
@@ -71,7 +76,7 @@ static void mix(const Mixture &m, const real *alpha, const real *cells, real *ke
     p.b = packed, p.b_step = step;
     p.c = kernels + first, p.c_rows = c_rows;
     p.depth = m.n, p.groups = 1;
-    columns_product(p, m.rows, count, m.width, mixing[1].get(ROWS * TILE));
+    columns_product(p, m.rows, count, mixing[1].get(ROWS * TILE));
   }
 }
 
@@ -83,13 +88,14 @@ static void unmix(const Mixture &m, const real *dkernels, const real *alpha, con
   std::vector<Int> tables[2];
   const Int *a_rows = numbers(m.n, 1, tables[0]), *c_rows = numbers(m.n, m.width, tables[1]);
   const Int parts = unmix_parts(m), size = m.rows * m.n;
+  const Int columns = std::max(COLUMNS, std::min(SUMMED_COLUMNS, SUMMED_NUMBERS / (m.n + m.rows) / TILE * TILE));
   if (dcells) expect_writes(dcells, m.n * m.width);
 #pragma omp parallel for schedule(static) num_threads(m.threads)
   for (Int part = 0; part < parts; part++) {
     const Int vectors = whole(m.width) / LANES;
     const Int begin = vectors * part / parts * LANES, end = std::min(vectors * (part + 1) / parts * LANES, m.width);
-    for (Int first = begin; first < end; first += COLUMNS) {
-      const Int count = std::min(COLUMNS, end - first), step = whole(count);
+    for (Int first = begin; first < end; first += columns) {
+      const Int count = std::min(columns, end - first), step = whole(count);
       real *gradients = mixing[0].get(m.rows * step);
       pack_rows(dkernels + first, m.rows, m.width, count, gradients, step);
       if (dalpha) {
@@ -103,7 +109,7 @@ static void unmix(const Mixture &m, const real *dkernels, const real *alpha, con
         p.b = gradients, p.b_step = step;
         p.c = dcells + first, p.c_rows = c_rows;
         p.depth = m.rows, p.groups = 1;
-        columns_product(p, m.n, count, m.width, mixing[1].get(ROWS * TILE));
+        columns_product(p, m.n, count, mixing[1].get(ROWS * TILE));
       }
     }
   }

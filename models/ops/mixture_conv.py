@@ -5,6 +5,7 @@ import functools
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .cost import cheapest
 from .geometry import geometry, is_channels_last, output_size
@@ -28,16 +29,16 @@ def forced_order(order):
         _forced = before
 
 
-def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, dilation=1, groups=1, *, order=None):
+def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend=None):
     """Convolve every sample with its own kernel, mixed from shared cells (KernelWarehouse, equations 2 and 3).
 
     x: [B, C, *S] with one to three spatial dimensions; alpha: [B, m, n]; cells: [n, co, ci, *k], where k is all ones
     or the kernel size; bias: [O] or None.  A kernel [O, C / groups, *kernel_size] is cut into
     m = T * Go * Gi cells (positions, output blocks, input blocks, in this order).
-    order: "grouped", "batched", "mixed", "fused" (compiled, CPU), "triton" or "triton_fused" (NVIDIA GPUs) to force
-    one, or "naive" for the reference; they agree up to rounding, and the cheapest is the default.
+    backend: an order of evaluation, by name (those of `models.ops.registry.ORDERS`, or "naive" for the reference);
+    they agree up to rounding, and the default is the one that the cost model expects to be the fastest.
     Returns [B, O, *S'], channels innermost where those of x are.  Under autocast in its data type, else in x's.
-    Raises ValueError for shapes that do not fit and for an order that cannot evaluate them.
+    Raises ValueError for shapes that do not fit and for a backend that cannot evaluate them.
     """
     dims = x.ndim - 2
     kernel_size, stride, padding, dilation = (
@@ -48,11 +49,14 @@ def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, d
     if dtype != torch.float64 and x.dtype == torch.float64:
         dtype = x.dtype
     x, alpha, cells = x.to(dtype), alpha.to(dtype), cells.to(dtype)
-    if (order or _forced) == "naive":
+    if (backend or _forced) == "naive":
         bias = bias if bias is None else bias.to(dtype)
         return mixture_conv_naive(x, alpha, cells, kernel_size, bias, stride, padding, dilation, groups)
-    y = torch.ops.kernelwarehouse.mixture_conv(
-        x, alpha, cells, kernel_size, stride, padding, dilation, groups, order or _forced or "auto", order is not None
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or alpha.requires_grad or cells.requires_grad)
+    eager = differentiable and not torch.compiler.is_compiling()
+    operator = _Differentiable.apply if eager else torch.ops.kernelwarehouse.mixture_conv
+    y = operator(
+        x, alpha, cells, kernel_size, stride, padding, dilation, groups, backend or _forced or "auto", backend is not None
     )
     return y if bias is None else y + bias.to(dtype).view(-1, *[1] * dims)
 
@@ -102,7 +106,7 @@ def _plan(
     available = available_orders(geo, dtype, device)
     if order not in ("auto", *available):
         if strict or order not in ORDERS:
-            raise ValueError(f"order '{order}' cannot evaluate this call; available: {', '.join(available)}")
+            raise ValueError(f"backend '{order}' cannot evaluate this call; available: {', '.join(available)}")
         order = "auto"
     return geo, cheapest(geo, available, dtype.itemsize, device, backward) if order == "auto" else order
 
@@ -185,3 +189,42 @@ def _backward(ctx, dy):
 
 
 _mixture_conv.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _slices(tensors, dims, count):
+    """The tensors of every call of a vmapped one, where `dims` are mapped over."""
+    moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, dims, strict=True)]
+    return [[t if dim is None else t[i] for t, dim in zip(moved, dims, strict=True)] for i in range(count)]
+
+
+def _vmap(info, dims, x, alpha, cells, *rest):
+    """Where cells are shared, one call with a larger batch, else one after the other."""
+    count, operator = info.batch_size, torch.ops.kernelwarehouse.mixture_conv
+    calls = _slices((x, alpha, cells), dims[:3], count)
+    if dims[2] is not None:
+        return torch.stack([operator(*tensors, *rest) for tensors in calls]), 0
+    x, alpha = (torch.cat([tensors[i] for tensors in calls]) for i in (0, 1))
+    return operator(x, alpha, cells, *rest).unflatten(0, (count, -1)), 0
+
+
+def _vmap_backward(info, dims, dy, x, alpha, cells, *rest):
+    """Calls one after the other: each has its own gradient of the cells."""
+    calls = _slices((dy, x, alpha, cells), dims[:4], info.batch_size)
+    results = [torch.ops.kernelwarehouse.mixture_conv_backward(*tensors, *rest) for tensors in calls]
+    return [torch.stack(grads) for grads in zip(*results, strict=True)], [0] * len(results[0])
+
+
+_mixture_conv.register_vmap(_vmap)
+_mixture_conv_backward.register_vmap(_vmap_backward)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The operator outside compiled code: half the overhead of its registration there, and known to torch.func."""
+
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.kernelwarehouse.mixture_conv(*arguments)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(once_differentiable(_backward))
+    vmap = staticmethod(_vmap)

@@ -161,8 +161,7 @@ def grouped_backward(dy, x, alpha, cells, geo, needs):
     if needs[0]:
         dx = dx.view(source.shape)
         if source is not x:
-            crop = [side for left, right in reversed(geo.pads) for side in (-left, -right)]
-            dx = torch.nn.functional.pad(dx, crop)
+            dx = torch.nn.functional.pad(dx, [-side for sides in reversed(geo.pads) for side in sides])
     if mask[1]:
         window = geo.cell[2:]
         dkernels = dkernels.view(geo.batch, geo.g_out, geo.cell[0], geo.g_in, geo.cell[1], geo.taps, *window)
@@ -395,4 +394,50 @@ def mixed_backward(dy, x, alpha, cells, geo, needs):
         if needs[1]:
             dalpha = torch.bmm(dz, cols.transpose(1, 2)).view(batch, g_out, geo.n, geo.taps, geo.g_in)
             dalpha = full_alpha(_unfold_alpha(dalpha.permute(0, 3, 1, 4, 2), geo), geo)
+    return dx, dalpha, dcells
+
+
+# --- mix the outputs --------------------------------------------------------------------------------------------------
+
+
+def outputs_available(geo):
+    """Whether the cells of a mixture see the same inputs: cells as wide as the kernel, over all input channels."""
+    return geo.foldable and geo.taps == 1 and geo.g_in == 1
+
+
+def _cell_kernels(cells, geo):
+    """The kernel of a static convolution by all cells."""
+    return cells.reshape(geo.n * geo.cell[0], geo.cell[1], *geo.kernel)
+
+
+def outputs_forward(x, alpha, cells, geo):
+    """Convolve by every cell once for all samples, then mix the outputs; for one cell, a static convolution scaled."""
+    weights = _fold_alpha(live_alpha(alpha, geo), geo).flatten(1, 3)  # [B, Go, n]
+    source, arguments, _ = _convolution(_fold(x, geo), geo)
+    z = torch.ops.aten.convolution(source, _cell_kernels(cells, geo), None, *arguments, 1)
+    z = z.reshape(len(weights), geo.n, -1)
+    y = weights * z if geo.n == 1 else torch.bmm(weights, z)
+    return y.reshape(geo.batch, geo.c_out, *geo.out)
+
+
+def outputs_backward(dy, x, alpha, cells, geo, needs):
+    """Gradients of `outputs_forward`; the outputs of the cells are computed again where alpha needs them."""
+    live, folded, kernel = _fold_alpha(live_alpha(alpha, geo), geo), _fold(x, geo), _cell_kernels(cells, geo)
+    weights, dy = live.flatten(1, 3), dy.reshape(len(live), live.shape[2], -1)
+    source, arguments, _ = _convolution(folded, geo)
+    dx = dalpha = dcells = None
+    if needs[1]:
+        z = torch.ops.aten.convolution(source, kernel, None, *arguments, 1).reshape(len(live), geo.n, -1)
+        dalpha = full_alpha(_unfold_alpha(torch.bmm(dy, z.transpose(1, 2)).view(live.shape), geo), geo)
+    if needs[0] or needs[2]:
+        dz = torch.bmm(weights.transpose(1, 2), dy).view(len(live), -1, *geo.out)
+        dx, dcells, _ = torch.ops.aten.convolution_backward(
+            dz, source, kernel, None, *arguments, 1, [needs[0], needs[2], False]
+        )
+    if needs[0]:
+        if source is not folded:
+            dx = torch.nn.functional.pad(dx, [-side for sides in reversed(geo.pads) for side in sides])
+        dx = dx.reshape(x.shape)
+    if needs[2]:
+        dcells = dcells.view(cells.shape)
     return dx, dalpha, dcells

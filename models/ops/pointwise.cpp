@@ -40,6 +40,16 @@ struct Kernel {
   Int step, depth;  // between two channels that are summed, and their number in a group
 };
 
+// the rows of outputs, summed over inputs
+static Kernel of_outputs(const Call &c) {
+  const Int cell = c.c_out * c.c_in;
+  Kernel kernel = {{}, {}, 1, c.c_in};
+  for (Int o = 0; o < c.outputs(); o++)
+    kernel.rows.push_back(o / c.c_out * c.g_in * cell + o % c.c_out * c.c_in);
+  for (Int g = 0; g < c.g_in; g++) kernel.groups.push_back(g * cell);
+  return kernel;
+}
+
 // y[s][row] = sum over channels of kernel[s][row][channel] x[s][channel], rows and channels of positions
 static void multiply(const Call &c, const Kernel &kernel, const real *kernels, Int channels, const real *x, real *y) {
   const Int block = std::max<Int>(TILE, std::min(POSITIONS, CACHE_BYTES / Int(sizeof(real)) / channels / TILE * TILE));
@@ -57,7 +67,7 @@ static void multiply(const Call &c, const Kernel &kernel, const real *kernels, I
     p.a_groups = kernel.groups.data(), p.groups = kernel.groups.size(), p.depth = kernel.depth;
     p.b = packed, p.b_step = step, p.b_group = kernel.depth * step;
     p.c = y + s * rows * c.positions + first, p.c_rows = y_rows;
-    columns_product(p, rows, count, c.positions, buffers[1].get(ROWS * TILE));
+    columns_product(p, rows, count, buffers[1].get(ROWS * TILE));
   }
 }
 
@@ -69,12 +79,7 @@ Int lanes() { return LANES; }
 void forward(const Call *call, const real *x, const real *alpha, const real *cells, real *kernels, real *y) {
   const Call &c = *call;
   mix(c.mixture(), alpha, cells, kernels);
-  const Int cell = c.c_out * c.c_in;
-  Kernel kernel = {{}, {}, 1, c.c_in};
-  for (Int o = 0; o < c.outputs(); o++)
-    kernel.rows.push_back(o / c.c_out * c.g_in * cell + o % c.c_out * c.c_in);
-  for (Int g = 0; g < c.g_in; g++) kernel.groups.push_back(g * cell);
-  multiply(c, kernel, kernels, c.inputs(), x, y);
+  multiply(c, of_outputs(c), kernels, c.inputs(), x, y);
 }
 
 // number of partial sums that dalpha has room for
@@ -94,35 +99,26 @@ void backward(const Call *call, const real *dy, const real *x, const real *alpha
     multiply(c, kernel, kernels, c.outputs(), dy, dx);
   }
   if (!dkernels) return;
-  // a block of outputs and one of inputs is a cell; parts of its rows where there are fewer than threads can share
-  const Int units = c.samples * c.g_out * c.g_in;
-  const Int parts = std::min(c.c_out, std::max<Int>(1, (4 * c.threads + units - 1) / units));
-  std::vector<Int> tables[3];
-  const Int *dy_rows = numbers(c.c_out, c.positions, tables[0]), *rows = numbers(c.c_out, c.c_in, tables[1]);
-  const Int *spare_rows = numbers(c.c_out, TILE, tables[2]);
+  // parts of the outputs where there are fewer blocks of inputs than threads can share
+  const Int blocks = c.samples * c.g_in, parts = std::min(c.outputs(), (4 * c.threads + blocks - 1) / blocks);
+  const Kernel kernel = of_outputs(c);
+  std::vector<Int> table;
+  const Int *dy_rows = numbers(c.outputs(), c.positions, table), step = whole(c.c_in);
 #pragma omp parallel for schedule(static) num_threads(c.threads)
-  for (Int item = 0; item < units * parts; item++) {
-    const Int u = item / parts, s = u / (c.g_out * c.g_in), o = u / c.g_in % c.g_out, i = u % c.g_in;
-    const Int r0 = c.c_out * (item % parts) / parts, r1 = c.c_out * (item % parts + 1) / parts, step = whole(c.c_in);
-    real *turned = buffers[0].get(SUMMED * step), *spare = buffers[1].get(c.c_out * step);
-    std::vector<Int> unused;
+  for (Int item = 0; item < blocks * parts; item++) {
+    const Int s = item / parts / c.g_in, i = item / parts % c.g_in;
+    const Int r0 = c.outputs() * (item % parts) / parts, r1 = c.outputs() * (item % parts + 1) / parts;
+    real *turned = buffers[0].get(SUMMED * step);
     for (Int first = 0; first < c.positions; first += SUMMED) {
       const Int count = std::min(SUMMED, c.positions - first);
       turn_rows(x + (s * c.inputs() + i * c.c_in) * c.positions + first, c.c_in, c.positions, count, turned, step);
       Product p = {};
-      p.a = dy + (s * c.outputs() + o * c.c_out + r0) * c.positions + first, p.a_rows = dy_rows, p.a_step = 1;
+      p.a = dy + s * c.outputs() * c.positions + first, p.a_rows = dy_rows + r0, p.a_step = 1;
+      p.b = turned, p.b_step = step;
+      p.c = dkernels + s * c.kernel_size() + i * cell, p.c_rows = kernel.rows.data() + r0;
       p.depth = count, p.groups = 1, p.add = first > 0;
-      p.b_step = step, p.c_rows = spare_rows;
-      for (Int e = 0; e < step; e += TILE) {
-        // tiles of the sum follow each other
-        p.b = turned + e, p.c = spare + e * (r1 - r0);
-        product(p, r1 - r0, std::min<Int>(VECTORS, (step - e) / LANES));
-      }
+      columns_product(p, r1 - r0, c.c_in, buffers[1].get(ROWS * TILE));
     }
-    for (Int e = 0; e < c.c_in; e += TILE)
-      for (Int r = r0; r < r1; r++)
-        std::memcpy(dkernels + u * cell + rows[r] + e, spare + e * (r1 - r0) + (r - r0) * TILE,
-                    std::min<Int>(TILE, c.c_in - e) * sizeof(real));
   }
   unmix(c.mixture(), dkernels, alpha, cells, dalpha, dcells);
 }

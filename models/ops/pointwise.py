@@ -21,8 +21,7 @@ def pointwise_available(geo, dtype, device):
     return (
         math.prod(geo.kernel) == 1
         and geo.foldable
-        and set(geo.stride) == {1}
-        and set(geo.pads) == {(0, 0)}
+        and all(left == 0 and right <= 0 for left, right in geo.pads)
         and compiles(SOURCE, dtype, device)
     )
 
@@ -54,10 +53,15 @@ def _run(name, geo, dtype, *arrays):
     return getattr(library(SOURCE, dtype), name)(ctypes.byref(call), *map(address, arrays))
 
 
+def _seen(geo):
+    """Index of what is seen of x."""
+    return (..., *(slice(0, (out - 1) * s + 1, s) for out, s in zip(geo.out, geo.stride, strict=True)))
+
+
 def _inputs(x, alpha, cells, geo):
     """x [B, C, P], alpha [B, Go, Gi, n] and cells as the compiled functions read them, and memory for kernels."""
     dtype = TYPES[x.dtype]
-    x, cells = x.to(dtype).contiguous(), cells.to(dtype).contiguous()
+    x, cells = x[_seen(geo)].to(dtype).contiguous(), cells.to(dtype).contiguous()
     rows = live_alpha(alpha, geo).to(dtype).contiguous()
     return x, rows, cells, scratch("kernels", (*rows.shape[:-1], *geo.cell), x)
 
@@ -81,6 +85,9 @@ def pointwise_backward(dy, x, alpha, cells, geo, needs):
         sums = scratch("sums", (_run("parts_of_alpha", geo, source.dtype), *rows.shape), source)
     dcells = torch.empty_like(wide) if needs[2] else None
     _run("backward", geo, source.dtype, dy, source, rows, wide, kernels, dkernels, dx, sums, dcells)
+    if needs[0] and dx.shape != x.shape:
+        seen, dx = dx, torch.zeros_like(x)
+        dx[_seen(geo)] = seen
     if needs[1]:
         dalpha = full_alpha(sums[0].clone(), geo)
     return dx, dalpha, dcells

@@ -16,6 +16,7 @@ ORDERS = {
     "grouped": (orders.grouped_forward, orders.grouped_backward),
     "batched": (orders.batched_forward, orders.batched_backward),
     "mixed": (orders.mixed_forward, orders.mixed_backward),
+    "outputs": (orders.outputs_forward, orders.outputs_backward),
     "fused": (fused_forward, fused_backward),
     "depthwise": (depthwise_forward, depthwise_backward),
     "pointwise": (pointwise_forward, pointwise_backward),
@@ -27,6 +28,7 @@ ORDERS = {
 def available_orders(geo, dtype, device):
     """The orders that can evaluate a call with an input of a data type, on a type of device."""
     available = {"grouped": True, "fused": fused_available(geo, dtype, device)}
+    available["outputs"] = orders.outputs_available(geo)
     available["depthwise"] = depthwise_available(geo, dtype, device)
     available["pointwise"] = pointwise_available(geo, dtype, device)
     available["triton"] = available["triton_fused"] = triton_available(geo, dtype, device)
