@@ -70,7 +70,7 @@ def train_one_epoch(
     progress = Progress(f"epoch {epoch}", steps, args.batch_size * args.update_freq * process.world, device)
 
     net.train()
-    batches = iter(loader)
+    batches = _on_device(loader, device, args.channels_last)
     for update in range(steps):
         step = epoch * steps + update
         lr, weight_decay = schedule.apply(optimizer, step)
@@ -81,7 +81,7 @@ def train_one_epoch(
 
         loss_of_update = torch.zeros((), device=device)
         for micro in range(args.update_freq):
-            images, targets = _to_device(next(batches), device, args.channels_last)
+            images, targets = next(batches)
             classes = targets
             if mixup is not None:
                 images, targets = mixup(images, targets)
@@ -160,6 +160,24 @@ def _raise_if_bad(first_bad_step: torch.Tensor, epoch: int, steps: int) -> None:
         )
 
 
+def _on_device(loader, device: torch.device, channels_last: bool):
+    """The batches of a loader on the device.
+
+    On a GPU they are copied by a stream of their own, while it still computes the step before.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for batch in loader:
+        with torch.cuda.stream(stream):
+            batch = _to_device(batch, device, channels_last)
+        if stream is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_stream(stream)
+            for tensor in batch:
+                # its memory must not be given to the next copy before this step is done with it
+                tensor.record_stream(current)
+        yield batch
+
+
 def _to_device(batch, device: torch.device, channels_last: bool):
     images, targets = batch
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -184,8 +202,7 @@ def evaluate(model, loader, *, args, device, title="") -> dict:
     images_seen = 0
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
-    for batch in loader:
-        images, targets = _to_device(batch, device, args.channels_last)
+    for images, targets in _on_device(loader, device, args.channels_last):
         with autocast(args, device):
             logits = model(images)
         logits = logits.float()

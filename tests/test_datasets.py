@@ -1,6 +1,7 @@
 """Data sets, transforms and samplers, against torchvision, scikit-learn and closed forms."""
 
 import argparse
+import random
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from helpers import EXIF_ORIENTATION, make_image_folder
 from PIL import Image
 from sklearn.datasets import load_digits
+from timm.data.auto_augment import rand_augment_transform
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
@@ -130,6 +132,14 @@ def test_advanced_training_has_every_part():
     ]  # fmt: skip
     names = [type(step).__name__ for step in make_transform(options(aa=None, reprob=0.0), True).transforms]
     assert "ColorJitter" in names and "RandAugment" not in names and "RandomErasing" not in names
+
+
+def test_every_random_augmentation_works_at_its_strongest():
+    """The recipe draws strengths up to the largest, where Pillow 13 refuses to posterise."""
+    random.seed(0)
+    augment = rand_augment_transform("rand-m10-mstd0-n60-inc1", {"translate_const": 4})
+    for _ in range(5):
+        assert augment(Image.new("RGB", (16, 16), (90, 120, 200))).size == (16, 16)
 
 
 def test_bad_augmentation_policy_is_refused():
