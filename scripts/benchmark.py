@@ -22,7 +22,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 
-from measure import MODES, Case, device_name, figure, recorded_calls, seconds, write_rows
+from measure import MODES, Case, device_name, figure, geometry_of, recorded_calls, seconds, write_rows
 from models import ConfigError, build_model, read_config
 from models.build import parse_name
 
@@ -91,7 +91,6 @@ def compare_layers(config, batch, size, args):
     """Forward and backward times of all orders; the chosen one is marked."""
     from models.ops import mixture_conv
     from models.ops.cost import cheapest, estimate
-    from models.ops.geometry import geometry
     from models.ops.registry import available_orders
 
     torch.manual_seed(0)
@@ -101,11 +100,7 @@ def compare_layers(config, batch, size, args):
         model, torch.randn(batch, 3, size, size, device=args.device)
     ):
         tensors = [t.clone().requires_grad_() for t in (x, alpha, cells)]
-        stride, padding, dilation, groups = (
-            *([v] * len(kernel) if isinstance(v, int) else list(v) for v in (*rest, *(1, 0, 1)[len(rest) :])[:3]),
-            rest[3] if len(rest) > 3 else 1,
-        )
-        geo = geometry(x.shape, alpha.shape, cells.shape, kernel, stride, padding, dilation, groups)
+        geo = geometry_of(x, alpha, cells, kernel, bias, *rest)
         orders = available_orders(geo, x.dtype, x.device.type)
         chosen, cells_text = cheapest(geo, orders, x.element_size(), x.device.type), []
         costs = {order: estimate(order, geo, x.element_size(), x.device.type) for order in orders}

@@ -10,6 +10,7 @@ orders that it chooses take than the fastest.
 import argparse
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,10 +22,9 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from measure import recorded_calls, seconds
+from measure import geometry_of, recorded_calls, seconds
 from models import build_model, read_config
 from models.ops.cost import work
-from models.ops.geometry import geometry
 from models.ops.registry import ORDERS, available_orders
 
 # config, batch, image size
@@ -42,12 +42,12 @@ CASES = [
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--cases", type=int, default=len(CASES), help="how many models to measure")
-    parser.add_argument("--patience", type=float, default=10, help="leave out orders that are so many times slower")
+    parser.add_argument("--patience", type=float, default=4, help="leave out orders that are so many times slower")
     return parser.parse_args()
 
 
@@ -57,14 +57,27 @@ def measure(geo, tensors, args):
     times, best = {}, float("inf")
     for order in orders:
         forward, backward = ORDERS[order]
-        y = forward(*tensors, geo)
-        dy = torch.randn_like(y)
-        runs = (lambda: forward(*tensors, geo), lambda: backward(dy, *tensors, geo, [True] * 3))
+        dy = torch.randn_like(forward(*tensors, geo))
+        runs = (partial(forward, *tensors, geo), partial(backward, dy, *tensors, geo, [True] * 3))
         first = sum(seconds(run, args.device) for run in runs)
         best = min(best, first)
         if first < args.patience * best:
             times[order] = [[seconds(run, args.device) for _ in range(args.repeats)] for run in runs]
     return {order: [statistics.median(values) * 1e6 for values in both] for order, both in times.items()}
+
+
+def fit(order, measured, item_bytes):
+    """Costs (forward, backward) of what an order does, none negative; None where it was never measured."""
+    rows = [(work(order, geo, item_bytes), times[order], count) for count, geo, times in measured if order in times]
+    costs = []
+    for direction in (0, 1) if rows else ():
+        # relative errors count alike, whatever the size of a call
+        weights = np.array([count**0.5 / times[direction] for _, times, count in rows])
+        matrix = np.array([done for done, *_ in rows]) * weights[:, None]
+        target = np.array([times[direction] for _, times, _ in rows]) * weights
+        scale = np.maximum(matrix.max(axis=0), 1e-30)
+        costs.append(nnls(matrix / scale, target)[0] / scale)
+    return costs or None
 
 
 def main():
@@ -75,38 +88,21 @@ def main():
     for path, batch, size in CASES[: args.cases]:
         torch.manual_seed(0)
         model = build_model({"model": "convnext_tiny", **read_config(Path("configs") / path)}).to(args.device)
-        x = torch.randn(batch, 3, size, size, device=args.device)
-        for count, (x, alpha, cells, kernel, _, *rest) in recorded_calls(model, x):
-            stride, padding, dilation, groups = [*rest, *(1, 0, 1, 1)[len(rest) :]]
-            stride, padding, dilation = (
-                [v] * len(kernel) if isinstance(v, int) else list(v) for v in (stride, padding, dilation)
-            )
-            geo = geometry(x.shape, alpha.shape, cells.shape, kernel, stride, padding, dilation, groups)
-            tensors = [t.to(dtype) for t in (x, alpha, cells)]
+        images = torch.randn(batch, 3, size, size, device=args.device)
+        for count, call in recorded_calls(model, images):
+            tensors = [t.to(dtype) for t in call[:3]]
+            geo = geometry_of(*call)
             measured.append((count, geo, measure(geo, tensors, args)))
         print(f"{path}, batch {batch}, {size}x{size}", file=sys.stderr)
 
-    bytes_ = dtype.itemsize
-    table = {}
-    for order in ORDERS:
-        rows = [(work(order, geo, bytes_), times[order], count) for count, geo, times in measured if order in times]
-        if not rows:
-            continue
-        both = []
-        for direction in (0, 1):
-            # relative errors count alike, whatever the size of a call
-            weights = np.array([count**0.5 / times[direction] for _, times, count in rows])
-            matrix = np.array([done for done, *_ in rows]) * weights[:, None]
-            target = np.array([times[direction] for _, times, _ in rows]) * weights
-            scale = np.maximum(matrix.max(axis=0), 1e-30)
-            costs = nnls(matrix / scale, target)[0] / scale
-            both.append(tuple(float(f"{cost:.3g}") for cost in costs))
-        table[order] = both
-        print(f'    "{order}": {both},')
+    table = {order: fit(order, measured, dtype.itemsize) for order in ORDERS}
+    for order, costs in table.items():
+        if costs:
+            print(f'    "{order}": {[tuple(float(f"{cost:.3g}") for cost in both) for both in costs]},')
     for direction, name in enumerate(("forward", "backward")):
         chosen = best = 0.0
         for count, geo, times in measured:
-            estimates = {o: np.dot(work(o, geo, bytes_), table[o][direction]) for o in times}
+            estimates = {order: np.dot(work(order, geo, dtype.itemsize), table[order][direction]) for order in times}
             chosen += count * times[min(estimates, key=estimates.get)][direction]
             best += count * min(values[direction] for values in times.values())
         print(f"# {name}: what is chosen takes {chosen / best:.3f} times as long as the fastest")

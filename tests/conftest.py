@@ -34,7 +34,7 @@ def deterministic():
 def poisoned_memory(monkeypatch):
     """Fills fresh memory with NaN, so that an output that is never written shows."""
     # memory that is handed on would hold the numbers of the call before
-    for module in ("orders", "geometry", "fused", "depthwise"):
+    for module in ("orders", "mixed", "geometry", "fused", "depthwise", "pointwise"):
         monkeypatch.setattr(f"models.ops.{module}.scratch", lambda slot, shape, like: like.new_empty(shape))
     monkeypatch.setattr("models.ops.compiled.FLAGS", [*compiled.FLAGS, "-DPOISON"])
     compiled.library.cache_clear()

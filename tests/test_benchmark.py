@@ -1,5 +1,6 @@
 """The benchmark prints speeds only of results that agree, and the operator is faster than its definition."""
 
+import ast
 import csv
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from models.ops.compiled import compiler
+from models.ops.cost import CPU
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--kw_config", "configs/mobilenetv2_050/kw1x_mobilenetv2_050.json", "--batch_size", "2", "--input_size", "32")
@@ -22,7 +24,7 @@ def benchmark(*arguments, script="benchmark.py", **env):
     )
 
 
-# 1.7 to 2.2 and 19 to 22 were measured on two free cores; a busy machine slows the two unequally.
+# 2.0 to 2.4 and 22 to 25 were measured on two free cores; a busy machine slows the two unequally.
 @pytest.mark.skipif(compiler() is None, reason="slower without a C++ compiler")
 @pytest.mark.parametrize(
     ("batch", "size", "modes", "factor"), [(8, 224, ("inference", "training"), 1.4), (64, 32, ("inference",), 10)]
@@ -79,6 +81,29 @@ def test_growth(tmp_path):
     assert result.returncode == 0, result.stderr
     rows = list(csv.DictReader((tmp_path / "growth.csv").open()))
     assert len(rows) == 4 * 2 * 2 and (tmp_path / "growth.png").stat().st_size > 10000
+
+
+def test_loading(tmp_path):
+    path = tmp_path / "loading.csv"
+    arguments = ("--images", "6", "--batch_size", "3", "--workers", "0", "1", "--repeats", "1", "--csv", str(path))
+    result = benchmark(*arguments, script="benchmark_loading.py")
+    assert result.returncode == 0, result.stderr
+    rows = {row["what"]: float(row["images_per_s"]) for row in csv.DictReader(path.open())}
+    assert set(rows) == {"loader, 0 workers", "loader, 1 workers", "training step"} and min(rows.values()) > 1
+    assert all(f"{value:.1f} images/s"[:4] in result.stdout for value in rows.values())
+
+
+def test_costs_are_fitted():
+    result = benchmark("--cases", "1", "--repeats", "1", "--patience", "3", script="fit_costs.py")
+    assert result.returncode == 0, result.stderr
+    table = ast.literal_eval("{" + "".join(line for line in result.stdout.splitlines() if line.startswith(" ")) + "}")
+    # as many costs as the model of each order has terms, in both directions
+    assert {order: [len(costs) for costs in both] for order, both in table.items()} == {
+        order: [len(costs) for costs in CPU[order]] for order in table
+    }
+    assert {"grouped", "batched", "fused"} <= set(table)
+    regrets = [float(value) for value in re.findall(r"takes ([\d.]+) times", result.stdout)]
+    assert len(regrets) == 2 and 1 <= min(regrets) and max(regrets) < 3
 
 
 def test_layers():

@@ -235,13 +235,15 @@ def test_only_the_asked_gradients(order):
 
 
 @pytest.mark.parametrize("order", [None, *ORDERS])
-def test_pieces(order, monkeypatch):
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_pieces(order, kernel, monkeypatch):
     """Samples and output channels are worked off in pieces, whose last ones are smaller."""
     monkeypatch.setattr("models.ops.orders.KERNEL_BYTES", 3000)
     monkeypatch.setattr("models.ops.orders.PATCH_BYTES", 9000)
-    tensors = [torch.randn(5, 6, 5, 4), torch.randn(5, 9 * 3 * 2, 4), torch.randn(4, 7, 3, 1, 1)]
+    monkeypatch.setattr("models.ops.pointwise.KERNEL_BYTES", 3000)
+    tensors = [torch.randn(5, 6, 5, 4), torch.randn(5, kernel**2 * 3 * 2, 4), torch.randn(4, 7, 3, 1, 1)]
     tensors = [t.double().requires_grad_() for t in tensors]
-    arguments = ([3, 3], None, [1, 1], [1, 1], [1, 1], 1)
+    arguments = ([kernel] * 2, None, [1, 1], [kernel // 2] * 2, [1, 1], 1)
     fitting(order, tensors, arguments)
     reference = with_gradients(mixture_conv_naive, tensors, arguments)
     for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, backend=order), reference, strict=True):
@@ -335,7 +337,9 @@ def test_empty_batch():
 )
 def test_what_does_not_fit_is_refused(x, alpha, cells, groups, order, message):
     with pytest.raises(ValueError, match=message):
-        mixture_conv(torch.randn(x), torch.randn(alpha), torch.randn(cells), (3, 3), None, 1, 1, 1, groups, backend=order)
+        mixture_conv(
+            torch.randn(x), torch.randn(alpha), torch.randn(cells), (3, 3), None, 1, 1, 1, groups, backend=order
+        )
 
 
 @pytest.mark.parametrize(

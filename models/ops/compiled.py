@@ -26,7 +26,6 @@ FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
 ARCHITECTURES = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
 
 
-
 @functools.cache
 def compiler():
     """The C++ compiler, or None."""

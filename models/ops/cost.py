@@ -13,7 +13,8 @@ LANES = 16  # of a vector register
 TILE = 16  # rows, columns and inner sizes of tiles that tensor cores multiply
 
 # microseconds for what `work` counts, (forward pass, backward pass)
-# cpu: `python scripts/fit_costs.py` with 2 threads on an x86-64 server core with AVX-512
+# cpu: `python scripts/fit_costs.py` with 2 threads on x86-64 server cores with AVX-512; "outputs" from some layers with
+# few cells, of which these models have none
 CPU = {
     "grouped": [
         (27900, 126, 311, 977, 12800, 28800, 114, 6.94, 119),
@@ -76,10 +77,8 @@ def work(order, geo: Geometry, item_bytes):
     if order == "grouped":
         fresh = size * MB > LIMIT_BYTES
         # libraries convolve groups more slowly
-        dense = geo.groups == 1
-        return (
-            mix, warehouse, size * (not fresh), size * fresh, convolve * dense, convolve * (not dense), moved, geo.batch, 1
-        )  # fmt: skip
+        dense, sparse = (convolve, 0) if geo.groups == 1 else (0, convolve)
+        return mix, warehouse, size * (not fresh), size * fresh, dense, sparse, moved, geo.batch, 1
     if order == "batched":
         patches = batch * k * q * positions * item_bytes / MB if patches_are_copies(geo) else 0
         # every product but the first adds to the output in memory

@@ -56,7 +56,16 @@ def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, d
     eager = differentiable and not torch.compiler.is_compiling()
     operator = _Differentiable.apply if eager else torch.ops.kernelwarehouse.mixture_conv
     y = operator(
-        x, alpha, cells, kernel_size, stride, padding, dilation, groups, backend or _forced or "auto", backend is not None
+        x,
+        alpha,
+        cells,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        backend or _forced or "auto",
+        backend is not None,
     )
     return y if bias is None else y + bias.to(dtype).view(-1, *[1] * dims)
 

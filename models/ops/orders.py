@@ -26,8 +26,6 @@ PATCH_BYTES = 16 << 20
 COLUMNS = 1 << 14
 # output positions up to which products have positions as rows, whatever the layout of the input
 SMALL_MAP = 64
-# numbers of a cell from which on a copy of the warehouse costs more than one product per cell
-LARGE_CELL = 64 * 64
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -90,7 +88,7 @@ def _kernel_gradients(dkernels, live, cells, geo, needs):
 # --- assemble, then a library convolution -----------------------------------------------------------------------------
 
 
-def _convolution(x, geo):
+def convolution(x, geo):
     """What the convolution reads, its arguments but for the groups, and whether to call it sample by sample."""
     # the library pads both sides alike, which is right where it finds the same output positions
     symmetric = all(
@@ -119,7 +117,7 @@ def _assemble(alpha, cells, geo):
 def grouped_forward(x, alpha, cells, geo):
     """Assemble every sample's kernel; a convolution with a group per sample, or sample by sample."""
     kernels = _assemble(live_alpha(alpha, geo), cells, geo)
-    source, arguments, alone = _convolution(x, geo)
+    source, arguments, alone = convolution(x, geo)
     if alone:
         y = empty_like_layout(x, geo.c_out, geo.out)
         for b in range(geo.batch):
@@ -134,7 +132,7 @@ def grouped_backward(dy, x, alpha, cells, geo, needs):
     """Gradients of `grouped_forward`; the kernels are assembled again."""
     live = live_alpha(alpha, geo)
     kernels = _assemble(live, cells, geo)
-    source, arguments, alone = _convolution(x, geo)
+    source, arguments, alone = convolution(x, geo)
     mask = [needs[0], needs[1] or needs[2], False]
     dx = dalpha = dcells = None
     if alone:
@@ -174,19 +172,19 @@ def grouped_backward(dy, x, alpha, cells, geo, needs):
 # --- groups as a larger batch ----------------------------------------------------------------------------------------
 
 
-def _fold(x, geo):
+def fold(x, geo):
     """x [B, g * C, *S] -> [B * g, C, *S]."""
     return x if geo.groups == 1 else x.reshape(-1, geo.c_in, *x.shape[2:])
 
 
-def _fold_alpha(alpha, geo):
+def fold_alpha(alpha, geo):
     """[B, T, g * Go, Gi, n] -> [B * g, T, Go, Gi, n]."""
     if geo.groups == 1:
         return alpha
     return alpha.unflatten(2, (geo.groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _unfold_alpha(grad, geo):
+def unfold_alpha(grad, geo):
     if geo.groups == 1:
         return grad
     return grad.unflatten(0, (-1, geo.groups)).transpose(1, 2).flatten(2, 3)
@@ -212,7 +210,7 @@ def _position_rows(x, geo):
     return is_channels_last(x) or geo.positions <= SMALL_MAP
 
 
-def _blocks(y, g_out, c_out):
+def output_blocks(y, g_out, c_out):
     """y [B, Go * co, *P] as [B, Go, co, P], a view."""
     if is_channels_last(y):
         return y.movedim(1, -1).view(y.shape[0], -1, g_out, c_out).permute(0, 2, 3, 1)
@@ -221,14 +219,14 @@ def _blocks(y, g_out, c_out):
 
 def batched_forward(x, alpha, cells, geo):
     """Assemble kernels in the layout of the cells; one batched product per tap and block of input channels."""
-    x, alpha = _fold(x, geo), _fold_alpha(live_alpha(alpha, geo), geo)
+    x, alpha = fold(x, geo), fold_alpha(live_alpha(alpha, geo), geo)
     g_out, (c_out, q) = alpha.shape[2], (geo.cell[0], geo.q)
     flat = cells.reshape(geo.n, c_out, q)
     taps, positions = geo.taps * geo.g_in, geo.positions
     low, by_rows = x.dtype in LOW_PRECISION, _position_rows(x, geo)
 
     y = empty_like_layout(x, g_out * c_out, geo.out)
-    blocks = _blocks(y, g_out, c_out)
+    blocks = output_blocks(y, g_out, c_out)
     samples, tiles = _pieces(x, alpha, geo)
     # the product has the output's own layout
     direct = len(tiles) == 1 and by_rows == is_channels_last(y)
@@ -267,7 +265,7 @@ def batched_forward(x, alpha, cells, geo):
 def batched_backward(dy, x, alpha, cells, geo, needs):
     """Gradients of `batched_forward`; the kernels are assembled again, a tile at a time."""
     x_shape, by_rows = x.shape, _position_rows(x, geo)
-    x, alpha = _fold(x, geo), _fold_alpha(live_alpha(alpha, geo), geo)
+    x, alpha = fold(x, geo), fold_alpha(live_alpha(alpha, geo), geo)
     batch, g_out, (c_out, q) = x.shape[0], alpha.shape[2], (geo.cell[0], geo.q)
     flat = cells.reshape(geo.n, c_out, q)
     taps, positions = geo.taps * geo.g_in, geo.positions
@@ -319,125 +317,7 @@ def batched_backward(dy, x, alpha, cells, geo, needs):
             dalpha[b0:b1] = drows.t().reshape(geo.taps, geo.g_in, b, g_out, geo.n).permute(2, 0, 3, 1, 4)
     dx = (dx[0] if len(dx) == 1 else torch.cat(dx)).reshape(x_shape).to(x.dtype) if needs[0] else None
     if needs[1]:
-        dalpha = full_alpha(_unfold_alpha(dalpha, geo), geo)
+        dalpha = full_alpha(unfold_alpha(dalpha, geo), geo)
     if needs[2]:
         dcells = dcells.view(cells.shape).to(cells.dtype)
-    return dx, dalpha, dcells
-
-
-# --- mix the inputs first ---------------------------------------------------------------------------------------------
-
-
-def _mixed_inputs(x, alpha, geo):
-    """Patches [b, k, (p q)] and, for every cell, the patches that it multiplies: z [n, (b Go p), q]."""
-    batch, g_out = x.shape[0], alpha.shape[2]
-    cols = patches(x, geo, "bkpq").flatten(2)
-    weights = alpha.permute(0, 2, 4, 1, 3).reshape(batch, g_out * geo.n, -1)  # [b, (Go n), (T Gi)]
-    z = scratch("mixed", (batch, g_out * geo.n, cols.shape[2]), x)
-    torch.bmm(weights, cols, out=z)
-    z = z.view(batch, g_out, geo.n, geo.positions, geo.q).permute(2, 0, 1, 3, 4)
-    return cols, weights, scratch("mixed by cell", z.shape, x).copy_(z).view(geo.n, -1, geo.q)
-
-
-def _one_product(cells, geo):
-    return geo.cell[0] * geo.q < LARGE_CELL or cells.dtype in LOW_PRECISION
-
-
-def mixed_forward(x, alpha, cells, geo):
-    """Mix the patches of every sample first, then multiply by the cells once for the whole batch."""
-    x, alpha = _fold(x, geo), _fold_alpha(live_alpha(alpha, geo), geo)
-    c_out = geo.cell[0]
-    flat = cells.reshape(geo.n, c_out, geo.q)
-    _, _, z = _mixed_inputs(x, alpha, geo)
-    if _one_product(cells, geo):
-        y = z.transpose(0, 1).reshape(z.shape[1], -1) @ flat.transpose(1, 2).reshape(-1, c_out)
-    else:
-        y = z[0] @ flat[0].t()
-        for j in range(1, geo.n):
-            y.addmm_(z[j], flat[j].t())
-    y = y.view(x.shape[0], alpha.shape[2], geo.positions, c_out)
-    out = empty_like_layout(x, alpha.shape[2] * c_out, geo.out)
-    _blocks(out, alpha.shape[2], c_out).copy_(y.transpose(2, 3))
-    return out if geo.groups == 1 else out.reshape(geo.batch, geo.c_out, *geo.out)
-
-
-def mixed_backward(dy, x, alpha, cells, geo, needs):
-    """Gradients of `mixed_forward`; the mixed inputs are computed again."""
-    x_shape = x.shape
-    x, alpha = _fold(x, geo), _fold_alpha(live_alpha(alpha, geo), geo)
-    batch, g_out, c_out = x.shape[0], alpha.shape[2], geo.cell[0]
-    flat = cells.reshape(geo.n, c_out, geo.q)
-    cols, weights, z = _mixed_inputs(x, alpha, geo)
-    dy = dy.reshape(batch, g_out, c_out, geo.positions).transpose(2, 3).reshape(-1, c_out)
-    one = _one_product(cells, geo)
-    dx = dalpha = dcells = None
-    if needs[2]:
-        if one:
-            dcells = (dy.t() @ z.transpose(0, 1).reshape(z.shape[1], -1)).view(c_out, geo.n, geo.q).transpose(0, 1)
-        else:
-            dcells = flat.new_empty(flat.shape)
-            for j in range(geo.n):
-                torch.mm(dy.t(), z[j], out=dcells[j])
-        dcells = dcells.reshape(cells.shape)
-    if needs[0] or needs[1]:
-        if one:
-            dz = (dy @ flat.transpose(0, 1).reshape(c_out, -1)).view(-1, geo.n, geo.q)
-            dz = dz.view(batch, g_out, geo.positions, geo.n, geo.q).permute(0, 1, 3, 2, 4)
-        else:
-            for j in range(geo.n):
-                torch.mm(dy, flat[j], out=z[j])
-            dz = z.view(geo.n, batch, g_out, geo.positions, geo.q).permute(1, 2, 0, 3, 4)
-        dz = dz.reshape(batch, g_out * geo.n, -1)
-        if needs[0]:
-            dcols = torch.bmm(weights.transpose(1, 2), dz)
-            dx = unpatches(dcols, geo, "bkpq", x.shape).reshape(x_shape)
-        if needs[1]:
-            dalpha = torch.bmm(dz, cols.transpose(1, 2)).view(batch, g_out, geo.n, geo.taps, geo.g_in)
-            dalpha = full_alpha(_unfold_alpha(dalpha.permute(0, 3, 1, 4, 2), geo), geo)
-    return dx, dalpha, dcells
-
-
-# --- mix the outputs --------------------------------------------------------------------------------------------------
-
-
-def outputs_available(geo):
-    """Whether the cells of a mixture see the same inputs: cells as wide as the kernel, over all input channels."""
-    return geo.foldable and geo.taps == 1 and geo.g_in == 1
-
-
-def _cell_kernels(cells, geo):
-    """The kernel of a static convolution by all cells."""
-    return cells.reshape(geo.n * geo.cell[0], geo.cell[1], *geo.kernel)
-
-
-def outputs_forward(x, alpha, cells, geo):
-    """Convolve by every cell once for all samples, then mix the outputs; for one cell, a static convolution scaled."""
-    weights = _fold_alpha(live_alpha(alpha, geo), geo).flatten(1, 3)  # [B, Go, n]
-    source, arguments, _ = _convolution(_fold(x, geo), geo)
-    z = torch.ops.aten.convolution(source, _cell_kernels(cells, geo), None, *arguments, 1)
-    z = z.reshape(len(weights), geo.n, -1)
-    y = weights * z if geo.n == 1 else torch.bmm(weights, z)
-    return y.reshape(geo.batch, geo.c_out, *geo.out)
-
-
-def outputs_backward(dy, x, alpha, cells, geo, needs):
-    """Gradients of `outputs_forward`; the outputs of the cells are computed again where alpha needs them."""
-    live, folded, kernel = _fold_alpha(live_alpha(alpha, geo), geo), _fold(x, geo), _cell_kernels(cells, geo)
-    weights, dy = live.flatten(1, 3), dy.reshape(len(live), live.shape[2], -1)
-    source, arguments, _ = _convolution(folded, geo)
-    dx = dalpha = dcells = None
-    if needs[1]:
-        z = torch.ops.aten.convolution(source, kernel, None, *arguments, 1).reshape(len(live), geo.n, -1)
-        dalpha = full_alpha(_unfold_alpha(torch.bmm(dy, z.transpose(1, 2)).view(live.shape), geo), geo)
-    if needs[0] or needs[2]:
-        dz = torch.bmm(weights.transpose(1, 2), dy).view(len(live), -1, *geo.out)
-        dx, dcells, _ = torch.ops.aten.convolution_backward(
-            dz, source, kernel, None, *arguments, 1, [needs[0], needs[2], False]
-        )
-    if needs[0]:
-        if source is not folded:
-            dx = torch.nn.functional.pad(dx, [-side for sides in reversed(geo.pads) for side in sides])
-        dx = dx.reshape(x.shape)
-    if needs[2]:
-        dcells = dcells.view(cells.shape)
     return dx, dalpha, dcells

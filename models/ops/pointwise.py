@@ -6,6 +6,7 @@ For kernels of one tap and maps that are large beside them: kernels are mixed on
 import ctypes
 import functools
 import math
+from dataclasses import replace
 
 import torch
 
@@ -14,6 +15,8 @@ from .geometry import full_alpha, live_alpha
 from .scratch import scratch
 
 SOURCE = "pointwise.cpp"
+# kernels are mixed for so many samples at a time
+KERNEL_BYTES = 16 << 20
 
 
 def pointwise_available(geo, dtype, device):
@@ -29,9 +32,7 @@ def pointwise_available(geo, dtype, device):
 class _Call(ctypes.Structure):
     """The shapes of a call, as `pointwise.cpp` reads them."""
 
-    _fields_ = [
-        (name, ctypes.c_int64) for name in "samples g_out g_in n c_out c_in positions threads".split()
-    ]
+    _fields_ = [(name, ctypes.c_int64) for name in "samples g_out g_in n c_out c_in positions threads".split()]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -48,46 +49,66 @@ def _call(geo, threads):
     )
 
 
-def _run(name, geo, dtype, *arrays):
-    call = _call(geo, torch.get_num_threads())
-    return getattr(library(SOURCE, dtype), name)(ctypes.byref(call), *map(address, arrays))
-
-
 def _seen(geo):
     """Index of what is seen of x."""
     return (..., *(slice(0, (out - 1) * s + 1, s) for out, s in zip(geo.out, geo.stride, strict=True)))
 
 
-def _inputs(x, alpha, cells, geo):
-    """x [B, C, P], alpha [B, Go, Gi, n] and cells as the compiled functions read them, and memory for kernels."""
-    dtype = TYPES[x.dtype]
-    x, cells = x[_seen(geo)].to(dtype).contiguous(), cells.to(dtype).contiguous()
-    rows = live_alpha(alpha, geo).to(dtype).contiguous()
-    return x, rows, cells, scratch("kernels", (*rows.shape[:-1], *geo.cell), x)
+class _Pass:
+    """What both passes share: arrays as the compiled functions read them, and pieces of the batch to work on."""
+
+    def __init__(self, x, alpha, cells, geo):
+        dtype = TYPES[x.dtype]
+        self.x, self.cells = x[_seen(geo)].to(dtype).contiguous(), cells.to(dtype).contiguous()
+        self.rows = live_alpha(alpha, geo).to(dtype).contiguous()  # [B, 1, Go, Gi, n]
+        self.step = max(1, KERNEL_BYTES // (self.rows[0, ..., 0].numel() * cells[0].numel() * dtype.itemsize))
+        self.geo = geo
+
+    def pieces(self):
+        """(slice of the batch, geometry of it)."""
+        for first in range(0, self.geo.batch, self.step):
+            count = min(self.step, self.geo.batch - first)
+            geo = self.geo if count == self.geo.batch else replace(self.geo, batch=count)
+            yield slice(first, first + count), geo
+
+    def kernels(self, slot, part):
+        """Memory for the kernels of some samples."""
+        return scratch(slot, (*self.rows[part].shape[:-1], *self.geo.cell), self.x)
+
+    def run(self, name, geo, *arrays):
+        call = _call(geo, torch.get_num_threads())
+        return getattr(library(SOURCE, self.x.dtype), name)(ctypes.byref(call), *map(address, arrays))
 
 
 def pointwise_forward(x, alpha, cells, geo):
-    """Mix the kernels of all samples, then multiply blocks of positions by them."""
-    source, rows, wide, kernels = _inputs(x, alpha, cells, geo)
-    y = source.new_empty(geo.batch, geo.c_out, *geo.out)
-    _run("forward", geo, source.dtype, source, rows, wide, kernels, y)
+    """Mix kernels, then multiply blocks of positions by them."""
+    own = _Pass(x, alpha, cells, geo)
+    y = own.x.new_empty(geo.batch, geo.c_out, *geo.out)
+    for part, some in own.pieces():
+        own.run("forward", some, own.x[part], own.rows[part], own.cells, own.kernels("kernels", part), y[part])
     return y.to(x.dtype)
 
 
 def pointwise_backward(dy, x, alpha, cells, geo, needs):
     """Gradients of `pointwise_forward`; the kernels are mixed again."""
-    source, rows, wide, kernels = _inputs(x, alpha, cells, geo)
-    dy = dy.to(source.dtype).contiguous()
-    dkernels = scratch("kernel gradients", kernels.shape, kernels) if needs[1] or needs[2] else None
-    dx = torch.empty_like(source) if needs[0] else None
-    sums = dalpha = None
-    if needs[1]:
-        sums = scratch("sums", (_run("parts_of_alpha", geo, source.dtype), *rows.shape), source)
-    dcells = torch.empty_like(wide) if needs[2] else None
-    _run("backward", geo, source.dtype, dy, source, rows, wide, kernels, dkernels, dx, sums, dcells)
+    own = _Pass(x, alpha, cells, geo)
+    dy = dy.to(own.x.dtype).contiguous()
+    dx = torch.empty_like(own.x) if needs[0] else None
+    dalpha = torch.empty_like(own.rows) if needs[1] else None
+    dcells = None
+    for part, some in own.pieces():
+        dkernels = own.kernels("kernel gradients", part) if needs[1] or needs[2] else None
+        rows, sums, total = own.rows[part], None, torch.empty_like(own.cells) if needs[2] else None
+        if needs[1]:
+            sums = scratch("sums", (own.run("parts_of_alpha", some), *rows.shape), own.x)
+        dx_part = dx[part] if needs[0] else None
+        arrays = dy[part], own.x[part], rows, own.cells, own.kernels("kernels", part), dkernels, dx_part, sums, total
+        own.run("backward", some, *arrays)
+        if needs[1]:
+            dalpha[part] = sums[0]
+        if needs[2]:
+            dcells = total if dcells is None else dcells.add_(total)
     if needs[0] and dx.shape != x.shape:
         seen, dx = dx, torch.zeros_like(x)
         dx[_seen(geo)] = seen
-    if needs[1]:
-        dalpha = full_alpha(sums[0].clone(), geo)
-    return dx, dalpha, dcells
+    return dx, full_alpha(dalpha, geo) if needs[1] else None, dcells

@@ -1,0 +1,131 @@
+"""The evaluation orders of the mixture convolution that mix no kernels but what these read or write, in plain PyTorch.
+
+x [B, C, *S], alpha [B, m, n], cells [n, co, ci, *k]; letters as in `geometry.py`.
+"""
+
+import torch
+
+from .geometry import empty_like_layout, full_alpha, live_alpha, patches, unpatches
+from .orders import LOW_PRECISION, convolution, fold, fold_alpha, output_blocks, unfold_alpha
+from .scratch import scratch
+
+# numbers of a cell from which on a copy of the warehouse costs more than one product per cell
+LARGE_CELL = 64 * 64
+
+
+# --- the inputs first -------------------------------------------------------------------------------------------------
+
+
+def _mixed_inputs(x, alpha, geo):
+    """Patches [b, k, (p q)] and, for every cell, the patches that it multiplies: z [n, (b Go p), q]."""
+    batch, g_out = x.shape[0], alpha.shape[2]
+    cols = patches(x, geo, "bkpq").flatten(2)
+    weights = alpha.permute(0, 2, 4, 1, 3).reshape(batch, g_out * geo.n, -1)  # [b, (Go n), (T Gi)]
+    z = scratch("mixed", (batch, g_out * geo.n, cols.shape[2]), x)
+    torch.bmm(weights, cols, out=z)
+    z = z.view(batch, g_out, geo.n, geo.positions, geo.q).permute(2, 0, 1, 3, 4)
+    return cols, weights, scratch("mixed by cell", z.shape, x).copy_(z).view(geo.n, -1, geo.q)
+
+
+def _one_product(cells, geo):
+    return geo.cell[0] * geo.q < LARGE_CELL or cells.dtype in LOW_PRECISION
+
+
+def mixed_forward(x, alpha, cells, geo):
+    """Mix the patches of every sample first, then multiply by the cells once for the whole batch."""
+    x, alpha = fold(x, geo), fold_alpha(live_alpha(alpha, geo), geo)
+    c_out = geo.cell[0]
+    flat = cells.reshape(geo.n, c_out, geo.q)
+    _, _, z = _mixed_inputs(x, alpha, geo)
+    if _one_product(cells, geo):
+        y = z.transpose(0, 1).reshape(z.shape[1], -1) @ flat.transpose(1, 2).reshape(-1, c_out)
+    else:
+        y = z[0] @ flat[0].t()
+        for j in range(1, geo.n):
+            y.addmm_(z[j], flat[j].t())
+    y = y.view(x.shape[0], alpha.shape[2], geo.positions, c_out)
+    out = empty_like_layout(x, alpha.shape[2] * c_out, geo.out)
+    output_blocks(out, alpha.shape[2], c_out).copy_(y.transpose(2, 3))
+    return out if geo.groups == 1 else out.reshape(geo.batch, geo.c_out, *geo.out)
+
+
+def mixed_backward(dy, x, alpha, cells, geo, needs):
+    """Gradients of `mixed_forward`; the mixed inputs are computed again."""
+    x_shape = x.shape
+    x, alpha = fold(x, geo), fold_alpha(live_alpha(alpha, geo), geo)
+    batch, g_out, c_out = x.shape[0], alpha.shape[2], geo.cell[0]
+    flat = cells.reshape(geo.n, c_out, geo.q)
+    cols, weights, z = _mixed_inputs(x, alpha, geo)
+    dy = dy.reshape(batch, g_out, c_out, geo.positions).transpose(2, 3).reshape(-1, c_out)
+    one = _one_product(cells, geo)
+    dx = dalpha = dcells = None
+    if needs[2]:
+        if one:
+            dcells = (dy.t() @ z.transpose(0, 1).reshape(z.shape[1], -1)).view(c_out, geo.n, geo.q).transpose(0, 1)
+        else:
+            dcells = flat.new_empty(flat.shape)
+            for j in range(geo.n):
+                torch.mm(dy.t(), z[j], out=dcells[j])
+        dcells = dcells.reshape(cells.shape)
+    if needs[0] or needs[1]:
+        if one:
+            dz = (dy @ flat.transpose(0, 1).reshape(c_out, -1)).view(-1, geo.n, geo.q)
+            dz = dz.view(batch, g_out, geo.positions, geo.n, geo.q).permute(0, 1, 3, 2, 4)
+        else:
+            for j in range(geo.n):
+                torch.mm(dy, flat[j], out=z[j])
+            dz = z.view(geo.n, batch, g_out, geo.positions, geo.q).permute(1, 2, 0, 3, 4)
+        dz = dz.reshape(batch, g_out * geo.n, -1)
+        if needs[0]:
+            dcols = torch.bmm(weights.transpose(1, 2), dz)
+            dx = unpatches(dcols, geo, "bkpq", x.shape).reshape(x_shape)
+        if needs[1]:
+            dalpha = torch.bmm(dz, cols.transpose(1, 2)).view(batch, g_out, geo.n, geo.taps, geo.g_in)
+            dalpha = full_alpha(unfold_alpha(dalpha.permute(0, 3, 1, 4, 2), geo), geo)
+    return dx, dalpha, dcells
+
+
+# --- the outputs ------------------------------------------------------------------------------------------------------
+
+
+def outputs_available(geo):
+    """Whether the cells of a mixture see the same inputs: cells as wide as the kernel, over all input channels."""
+    return geo.foldable and geo.taps == 1 and geo.g_in == 1
+
+
+def _cell_kernels(cells, geo):
+    """The kernel of a static convolution by all cells."""
+    return cells.reshape(geo.n * geo.cell[0], geo.cell[1], *geo.kernel)
+
+
+def outputs_forward(x, alpha, cells, geo):
+    """Convolve by every cell once for all samples, then mix the outputs; for one cell, a static convolution scaled."""
+    weights = fold_alpha(live_alpha(alpha, geo), geo).flatten(1, 3)  # [B, Go, n]
+    source, arguments, _ = convolution(fold(x, geo), geo)
+    z = torch.ops.aten.convolution(source, _cell_kernels(cells, geo), None, *arguments, 1)
+    z = z.reshape(len(weights), geo.n, -1)
+    y = weights * z if geo.n == 1 else torch.bmm(weights, z)
+    return y.reshape(geo.batch, geo.c_out, *geo.out)
+
+
+def outputs_backward(dy, x, alpha, cells, geo, needs):
+    """Gradients of `outputs_forward`; the outputs of the cells are computed again where alpha needs them."""
+    live, folded, kernel = fold_alpha(live_alpha(alpha, geo), geo), fold(x, geo), _cell_kernels(cells, geo)
+    weights, dy = live.flatten(1, 3), dy.reshape(len(live), live.shape[2], -1)
+    source, arguments, _ = convolution(folded, geo)
+    dx = dalpha = dcells = None
+    if needs[1]:
+        z = torch.ops.aten.convolution(source, kernel, None, *arguments, 1).reshape(len(live), geo.n, -1)
+        dalpha = full_alpha(unfold_alpha(torch.bmm(dy, z.transpose(1, 2)).view(live.shape), geo), geo)
+    if needs[0] or needs[2]:
+        dz = torch.bmm(weights.transpose(1, 2), dy).view(len(live), -1, *geo.out)
+        dx, dcells, _ = torch.ops.aten.convolution_backward(
+            dz, source, kernel, None, *arguments, 1, [needs[0], needs[2], False]
+        )
+    if needs[0]:
+        if source is not folded:
+            dx = torch.nn.functional.pad(dx, [-side for sides in reversed(geo.pads) for side in sides])
+        dx = dx.reshape(x.shape)
+    if needs[2]:
+        dcells = dcells.view(cells.shape)
+    return dx, dalpha, dcells
