@@ -13,7 +13,7 @@ import torch
 from models import build_model
 from models.build import parse_name
 from models.ops import scratch
-from models.ops.geometry import geometry
+from models.ops.geometry import geometry, is_channels_last
 from models.ops.mixture_conv import forced_order, mixture_conv
 
 # of outputs and gradients, relative to their norm; rounding gives 1e-6 in float32
@@ -182,7 +182,7 @@ def recorded_calls(model, x, context=contextlib.nullcontext):
 def geometry_of(x, alpha, cells, kernel, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """The `Geometry` of a recorded call."""
     lists = ([v] * len(kernel) if isinstance(v, int) else list(v) for v in (stride, padding, dilation))
-    return geometry(x.shape, alpha.shape, cells.shape, list(kernel), *lists, groups)
+    return geometry(x.shape, alpha.shape, cells.shape, list(kernel), *lists, groups, is_channels_last(x))
 
 
 def device_name(device):

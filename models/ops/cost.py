@@ -13,36 +13,35 @@ LANES = 16  # of a vector register
 TILE = 16  # rows, columns and inner sizes of tiles that tensor cores multiply
 
 # microseconds for what `work` counts, (forward pass, backward pass)
-# cpu: `python scripts/fit_costs.py` with 2 threads on x86-64 server cores with AVX-512; "outputs" from some layers with
-# few cells, of which these models have none
+# cpu: `python scripts/fit_costs.py` with 2 threads on x86-64 server cores with AVX-512
 CPU = {
     "grouped": [
-        (27900, 126, 311, 977, 12800, 28800, 114, 6.94, 119),
-        (59300, 445, 870, 2520, 28100, 207000, 129, 3.87, 214),
+        (17500, 196, 302, 1150, 12800, 17100, 113, 0, 145),
+        (69500, 610, 558, 2520, 27100, 200000, 106, 0, 182),
     ],
     "batched": [
-        (22700, 139, 141, 15300, 118, 41.7, 0, 90.5),
-        (46100, 444, 444, 30100, 289, 161, 0, 147),
+        (16700, 182, 114, 16400, 79, 25.3, 0, 128),
+        (48300, 613, 303, 30900, 181, 122, 15.7, 120),
     ],
     "mixed": [
-        (12500, 93.2, 343, 0, 165),
-        (28300, 255, 850, 0, 272),
+        (13200, 150, 325, 0, 24),
+        (27100, 377, 910, 0, 0),
     ],
     "outputs": [
-        (9000, 300, 300, 100, 60),
-        (40000, 1100, 900, 300, 120),
+        (11600, 501, 103, 0, 0),
+        (54600, 888, 0, 1030, 0),
     ],
     "fused": [
-        (11000, 17300, 53, 315, 58.7),
-        (25500, 50600, 293, 513, 16.2),
+        (11200, 14700, 78.5, 262, 302, 65.6),
+        (27300, 44900, 349, 323, 559, 20.1),
     ],
     "depthwise": [
-        (37600, 28800, 52.5, 47300, 0, 26.5),
-        (62500, 140000, 85.7, 104000, 0, 58.9),
+        (0, 22900, 92.1, 242, 19300, 228, 44.8),
+        (70200, 97200, 78.4, 0, 52600, 582, 66.7),
     ],
     "pointwise": [
-        (14700, 12200, 104, 40.9, 57.4, 27.6),
-        (25600, 27000, 665, 137, 255, 0),
+        (10900, 17300, 27.1, 74.7, 273, 80.4, 62.7),
+        (20700, 53700, 122, 167, 361, 296, 42.6),
     ],
 }
 # not measured: set from the memory bandwidth and peak rate of a data-centre GPU, where cuDNN's grouped convolution of
@@ -71,9 +70,10 @@ def work(order, geo: Geometry, item_bytes):
     wide = max(1, item_bytes / 4) / GIGA
     size = kernels * item_bytes / MB
     mix, convolve = kernels * geo.n * wide, kernels * positions * wide
-    # inputs and outputs
     warehouse = geo.n * c_out * q * item_bytes / MB
+    # inputs and outputs, where they are as a compiled order wants them and where they are turned around
     moved = geo.batch * positions * (geo.c_out + geo.groups * geo.g_in * q) * item_bytes / MB
+    as_they_are, turned = (moved, 0) if geo.last == (order == "fused") else (0, moved)
     if order == "grouped":
         fresh = size * MB > LIMIT_BYTES
         # libraries convolve groups more slowly
@@ -94,11 +94,11 @@ def work(order, geo: Geometry, item_bytes):
         # channels fill whole registers, and short products wait for their operands
         kernels = batch * k * g_out * _filled(c_out, LANES) * _filled(q, LANES) * wide
         short = max(1, 6 / max(1, batch * g_out * k))
-        return kernels * max(positions, 4), kernels * geo.n * short, warehouse, moved, 1
+        return kernels * max(positions, 4), kernels * geo.n * short, warehouse, as_they_are, turned, 1
     if order == "depthwise":
-        return convolve, mix, moved, geo.batch * geo.c_out / 1e6, warehouse, 1
+        return convolve, mix, as_they_are, turned, geo.batch * geo.c_out / 1e6, warehouse, 1
     if order == "pointwise":
-        return convolve, mix, size, moved, warehouse, 1
+        return convolve, mix, size, as_they_are, turned, warehouse, 1
     # Triton: tiles are full, whatever the shape
     kernels = batch * k * g_out * _filled(c_out, TILE) * _filled(q, TILE) * (1 if item_bytes < 4 else 4) / GIGA
     mix = kernels * _filled(geo.n, TILE)
@@ -119,4 +119,7 @@ def estimate(order, geo, item_bytes, device, backward=False):
 
 def cheapest(geo, available, item_bytes, device, backward=False):
     """The order of least estimated cost."""
+    if "pointwise" in available and not geo.last:
+        # the same products as theirs, in one call and without copies
+        available = [order for order in available if order not in ("grouped", "batched")]
     return min(available, key=lambda order: estimate(order, geo, item_bytes, device, backward))

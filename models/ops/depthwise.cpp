@@ -294,7 +294,10 @@ void backward(const Call *call, const real *dy, const real *x, const real *alpha
                          plane.phase - LANES, m > 0);
         }
       }
-      if (dx) work.store_x(to + l * work.x_step);
+      if (!dx) continue;
+      // what was turned is given back as a whole
+      if (c.last && !plane.all_seen) std::fill_n(to + l * work.x_step, c.inputs(), real(0));
+      work.store_x(to + l * work.x_step);
     }
     if (dx && c.last) turn_back(work.x, work.x_step, c.inputs(), count, dx + image, c.channels);
   });

@@ -33,6 +33,7 @@ class Geometry:
     stride: tuple
     dilation: tuple
     out: tuple
+    last: bool = False  # whether channels of x are innermost in memory
 
     @property
     def taps(self):
@@ -64,7 +65,7 @@ def output_size(spatial, kernel_size, stride, padding, dilation):
     ]
 
 
-def geometry(x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, dilation, groups):
+def geometry(x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, dilation, groups, last=False):
     """The `Geometry` of a call."""
     spatial, (n, *cell) = x_shape[2:], cells_shape
     c_in = x_shape[1] // groups
@@ -98,6 +99,7 @@ def geometry(x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, di
         stride=tuple(stride),
         dilation=tuple(dilation),
         out=tuple(out),
+        last=last,
     )
 
 

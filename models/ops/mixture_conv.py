@@ -91,7 +91,8 @@ def _check(x, alpha, cells, kernel_size, groups):
 
 def _geometry_and_order(x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, strict, backward):
     lists = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
-    return _plan(x.shape, alpha.shape, cells.shape, *lists, groups, x.dtype, x.device.type, order, strict, backward)
+    shapes, last = (x.shape, alpha.shape, cells.shape), is_channels_last(x)
+    return _plan(*shapes, *lists, groups, last, x.dtype, x.device.type, order, strict, backward)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -104,6 +105,7 @@ def _plan(
     padding,
     dilation,
     groups,
+    last,
     dtype,
     device,
     order,
@@ -111,7 +113,7 @@ def _plan(
     backward,
 ):
     """Geometry and order of a call; networks make the same calls again and again."""
-    geo = geometry(x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, dilation, groups)
+    geo = geometry(x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, dilation, groups, last)
     available = available_orders(geo, dtype, device)
     if order not in ("auto", *available):
         if strict or order not in ORDERS:
