@@ -44,6 +44,37 @@ CPU = {
         (20700, 53700, 122, 167, 361, 296, 42.6),
     ],
 }
+# the same with `--dtype bfloat16 --cases 8`: libraries multiply in it, compiled orders in float32
+CPU_HALF = {
+    "grouped": [
+        (6530, 132, 417, 1150, 7370, 19900, 180, 0, 280),
+        (28800, 732, 809, 2520, 15300, 104000, 285, 0, 519),
+    ],
+    "batched": [
+        (3100, 155, 234, 6670, 203, 23.3, 0, 228),
+        (7710, 737, 381, 20000, 48.5, 242, 54.6, 341),
+    ],
+    "mixed": [
+        (6220, 328, 344, 0, 230),
+        (13300, 180, 564, 0, 332),
+    ],
+    "outputs": [
+        (4720, 162, 202, 697, 131),
+        (14800, 1240, 44.2, 3610, 0),
+    ],
+    "fused": [
+        (12200, 14300, 219, 333, 600, 116),
+        (29600, 42900, 702, 337, 1020, 125),
+    ],
+    "depthwise": [
+        (51100, 20700, 122, 0, 7540, 0, 99.5),
+        (88100, 100000, 176, 0, 13300, 0, 166),
+    ],
+    "pointwise": [
+        (14100, 9720, 126, 142, 275, 290, 61.7),
+        (25900, 39800, 231, 328, 402, 581, 90.3),
+    ],
+}
 # not measured: set from the memory bandwidth and peak rate of a data-centre GPU, where cuDNN's grouped convolution of
 # one sample's kernel each is the slow part.  Orders that are missing are chosen only by name
 CUDA = {
@@ -52,7 +83,10 @@ CUDA = {
     "mixed": [(10, 0.5, 1, 5, 20)] * 2,
     "outputs": [(10, 0.5, 2, 1, 15)] * 2,
 }
-DEVICES = {"cpu": CPU, "cuda": CUDA}
+
+
+def _costs(device, item_bytes):
+    return CUDA if device == "cuda" else CPU_HALF if item_bytes == 2 else CPU
 
 
 def _filled(size, tile):
@@ -111,7 +145,7 @@ def work(order, geo: Geometry, item_bytes):
 
 def estimate(order, geo, item_bytes, device, backward=False):
     """Estimated microseconds of a pass."""
-    costs = DEVICES.get(device, CPU).get(order)
+    costs = _costs(device, item_bytes).get(order)
     if costs is None:
         return math.inf
     return sum(a * b for a, b in zip(work(order, geo, item_bytes), costs[backward], strict=True))
@@ -119,7 +153,7 @@ def estimate(order, geo, item_bytes, device, backward=False):
 
 def cheapest(geo, available, item_bytes, device, backward=False):
     """The order of least estimated cost."""
-    if "pointwise" in available and not geo.last:
+    if "pointwise" in available and not geo.last and item_bytes > 2:
         # the same products as theirs, in one call and without copies
         available = [order for order in available if order not in ("grouped", "batched")]
     return min(available, key=lambda order: estimate(order, geo, item_bytes, device, backward))
