@@ -362,6 +362,12 @@ def test_order_of_least_cost(batch, channels, size, n, order):
     assert cheapest(geo, available_orders(geo, torch.float32, "cpu"), 4, "cpu") == order
 
 
+def test_double_precision_rounds_as_the_definition():
+    tensors = [torch.randn(8, 64, 7, 7), torch.randn(8, 9, 5), torch.randn(5, 64, 64, 1, 1)]
+    tensors = [t.double() for t in tensors]
+    assert torch.equal(mixture_conv(*tensors, (3, 3)), mixture_conv(*tensors, (3, 3), backend="grouped"))
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_an_empty_batch_has_a_cost(device):
     geo = geometry((0, 4, 5, 5), (0, 9, 3), (3, 6, 4, 1, 1), [3, 3], [1, 1], [1, 1], [1, 1], 1)

@@ -102,8 +102,18 @@ def test_temperature(name, temperature):
     compare(name, temperature)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", [*DYNAMIC[:-1], pytest.param(DYNAMIC[-1], marks=pytest.mark.slow)])
+def takes_long(order, name):
+    return name == DYNAMIC[-1] or (order == "mixed" and "resnet50" in name)
+
+
+@pytest.mark.parametrize(
+    ("order", "name"),
+    [
+        pytest.param(order, name, marks=[pytest.mark.slow] if takes_long(order, name) else [])
+        for name in DYNAMIC
+        for order in ORDERS
+    ],
+)
 def test_order(order, name):
     compare(name, last_temperature(name), order)
 

@@ -152,7 +152,7 @@ def test_triton_is_imported_when_it_is_needed():
 def test_not_available_on_the_cpu():
     x, alpha, cells, geo = call_of(2, 4, 4, 3, 5, 3)
     assert not triton_available(geo, x.dtype, "cpu")
-    with pytest.raises(ValueError, match="order 'triton' cannot evaluate"):
+    with pytest.raises(ValueError, match="backend 'triton' cannot evaluate"):
         mixture_conv(x, alpha, cells, (3, 3), padding=1, backend="triton")
 
 

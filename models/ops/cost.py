@@ -152,7 +152,12 @@ def estimate(order, geo, item_bytes, device, backward=False):
 
 
 def cheapest(geo, available, item_bytes, device, backward=False):
-    """The order of least estimated cost."""
+    """The order of least estimated cost; in float64 the one that rounds as the definition does.
+
+    That type is for comparisons, and deep networks amplify a rounding of 1e-16 up to 1e10 times.
+    """
+    if item_bytes == 8 and "grouped" in available:
+        return "grouped"
     if "pointwise" in available and not geo.last and item_bytes > 2:
         # the same products as theirs, in one call and without copies
         available = [order for order in available if order not in ("grouped", "batched")]
