@@ -10,7 +10,6 @@ they are smoother than most, and so decoded faster.  --csv keeps the numbers.
 
 import argparse
 import csv
-import os
 import statistics
 import sys
 import tempfile
@@ -21,8 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.threads import wait_briefly
 
 wait_briefly()
-# the profiler writes a line for every start and stop
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import numpy as np
 import torch

@@ -60,7 +60,7 @@ def library(source, dtype):
             f"{source.name} could not be compiled, slower evaluation orders are used: {' '.join(reason)}", stacklevel=2
         )
         return None
-    functions.lanes.restype = ctypes.c_int64
+    functions.lanes.restype = functions.parts_of_alpha.restype = ctypes.c_int64
     return functions
 
 
@@ -84,6 +84,7 @@ def compiles(source, dtype, device):
     return device == "cpu" and dtype in TYPES and compiler() is not None and library(source, TYPES[dtype]) is not None
 
 
-def address(tensor):
-    """Of its numbers, for a compiled function; None for None."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def run(functions, name, call, *arrays):
+    """Call a compiled function with the shapes of a call and the numbers of tensors, null for None."""
+    pointers = [ctypes.c_void_p(None if array is None else array.data_ptr()) for array in arrays]
+    return getattr(functions, name)(ctypes.byref(call), *pointers)

@@ -77,7 +77,6 @@ struct Plane {
     all_seen = numbers == c.inputs();
   }
   static Int phase_of(const Call &c, Int i, Int j) { return i % c.stride[0] * c.stride[1] + j % c.stride[1]; }
-  static Int whole(Int count) { return (count + LANES - 1) / LANES * LANES; }
   Int total() const { return phases * phase + LANES; }
   // of the outputs, with a phase of zeros before them
   Int outputs() const { return phase + whole(std::max(length, phase)) + LANES; }
@@ -190,23 +189,6 @@ struct Work {
   }
 };
 
-// to[l][p] = from[p][l] for positions p and channels l
-static void turn(const real *from, Int positions, Int step, Int channels, real *to, Int to_step) {
-  Int p = 0;
-  if (channels == LANES)
-    for (; p + LANES <= positions; p += LANES) transpose(from + p * step, step, to + p, to_step);
-  for (; p < positions; p++)
-    for (Int l = 0; l < channels; l++) to[l * to_step + p] = from[p * step + l];
-}
-
-static void turn_back(const real *from, Int step, Int positions, Int channels, real *to, Int to_step) {
-  Int p = 0;
-  if (channels == LANES)
-    for (; p + LANES <= positions; p += LANES) transpose(from + p, step, to + p * to_step, to_step);
-  for (; p < positions; p++)
-    for (Int l = 0; l < channels; l++) to[p * to_step + l] = from[l * step + p];
-}
-
 // Calls use(work, sample, first channel, channels) for all samples and channels, in parallel.
 template <typename Use>
 static void all_channels(const Call &c, const Plane &plane, Use use) {
@@ -236,7 +218,7 @@ void forward(const Call *call, const real *x, const real *alpha, const real *cel
     const real *from = x + channel * c.inputs(), *end = x + c.samples * c.channels * c.inputs();
     real *to = y + channel * c.multiplier * c.outputs();
     if (c.last) {
-      turn(x + s * c.channels * c.inputs() + first, c.inputs(), c.channels, count, work.x, work.x_step);
+      transpose_all(x + s * c.channels * c.inputs() + first, c.channels, c.inputs(), count, work.x, work.x_step);
       from = work.x, end = work.x + LANES * work.x_step, to = work.y;
     }
     for (Int l = 0; l < count; l++) {
@@ -250,7 +232,7 @@ void forward(const Call *call, const real *x, const real *alpha, const real *cel
       }
     }
     if (c.last)
-      turn_back(work.y, work.y_step, c.outputs(), count, y + s * c.channels * c.outputs() + first, c.channels);
+      transpose_all(work.y, work.y_step, count, c.outputs(), y + s * c.channels * c.outputs() + first, c.channels);
   });
 }
 
@@ -271,8 +253,8 @@ void backward(const Call *call, const real *dy, const real *x, const real *alpha
     const real *end_y = dy + c.samples * c.channels * c.multiplier * c.outputs();
     real *to = dx + channel * c.inputs();
     if (c.last) {
-      if (dkernels) turn(x + image, c.inputs(), c.channels, count, work.x, work.x_step);
-      turn(dy + s * c.channels * c.outputs() + first, c.outputs(), c.channels, count, work.y, work.y_step);
+      if (dkernels) transpose_all(x + image, c.channels, c.inputs(), count, work.x, work.x_step);
+      transpose_all(dy + s * c.channels * c.outputs() + first, c.channels, c.outputs(), count, work.y, work.y_step);
       from = to = work.x, end = work.x + LANES * work.x_step;
       from_y = work.y, end_y = work.y + LANES * work.y_step;
     }
@@ -299,7 +281,7 @@ void backward(const Call *call, const real *dy, const real *x, const real *alpha
       if (c.last && !plane.all_seen) std::fill_n(to + l * work.x_step, c.inputs(), real(0));
       work.store_x(to + l * work.x_step);
     }
-    if (dx && c.last) turn_back(work.x, work.x_step, c.inputs(), count, dx + image, c.channels);
+    if (dx && c.last) transpose_all(work.x, work.x_step, count, c.inputs(), dx + image, c.channels);
   });
   if (dkernels) unmix(c.mixture(), dkernels, alpha, cells, dalpha, dcells);
 }

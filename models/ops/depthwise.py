@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from .compiled import TYPES, address, compiles, library
+from .compiled import TYPES, compiles, library, run
 from .geometry import empty_like_layout, full_alpha, is_channels_last, live_alpha
 from .scratch import scratch
 
@@ -58,7 +58,7 @@ def _call(geo, size, last, threads):
 def _run(name, geo, x, last, *arrays):
     """Call a compiled function."""
     call = _call(geo, x.shape[2:], last, torch.get_num_threads())
-    return getattr(library(SOURCE, x.dtype), name)(ctypes.byref(call), *map(address, arrays))
+    return run(library(SOURCE, x.dtype), name, call, *arrays)
 
 
 def _last(x, geo):

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from .compiled import TYPES, address, compiles, library
+from .compiled import TYPES, compiles, library, run
 from .geometry import empty_like_layout, full_alpha, live_alpha
 from .scratch import scratch
 
@@ -137,7 +137,7 @@ class _Layout:
         return padded
 
     def run(self, name, *arrays):
-        getattr(self.functions, name)(ctypes.byref(self.call), *map(address, arrays))
+        return run(self.functions, name, self.call, *arrays)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -188,7 +188,7 @@ def fused_backward(dy, x, alpha, cells, geo, needs):
         layout.run("input_gradient", dy, units, wide, rows)
         dx = layout.dx(rows, x)
     if needs[1] or needs[2]:
-        parts = layout.functions.parts_of_alpha(ctypes.byref(layout.call))
+        parts = layout.run("parts_of_alpha")
         sums = scratch("sums", (parts, *units.shape), layout.like) if needs[1] else None
         dcells = layout.like.new_empty(cells.shape) if needs[2] else None
         layout.run("kernel_gradients", dy, layout.x_rows(x), units, wide, sums, dcells)

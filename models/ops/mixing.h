@@ -36,6 +36,19 @@ static void pack_rows(const real *from, Int rows, Int step, Int count, real *to,
 
 static Int whole(Int count) { return (count + LANES - 1) / LANES * LANES; }
 
+// to[column][row] = from[row][column]
+static void transpose_all(const real *from, Int from_step, Int rows, Int columns, real *to, Int to_step) {
+  for (Int r = 0; r < rows; r += LANES)
+    for (Int c = 0; c < columns; c += LANES) {
+      if (r + LANES <= rows && c + LANES <= columns) {
+        transpose(from + r * from_step + c, from_step, to + c * to_step + r, to_step);
+        continue;
+      }
+      for (Int i = r; i < std::min(r + LANES, rows); i++)
+        for (Int j = c; j < std::min(c + LANES, columns); j++) to[j * to_step + i] = from[i * from_step + j];
+    }
+}
+
 // c[row][e] = sum_k a[row][k] b[k][e] for `count` columns; whole vectors of b are read, and only `count` columns written.
 // spare: memory of ROWS tiles.
 static void columns_product(Product p, Int rows, Int count, real *spare) {

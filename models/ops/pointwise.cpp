@@ -21,19 +21,6 @@ struct Call {
   Mixture mixture() const { return {samples * g_out * g_in, n, c_out * c_in, threads}; }
 };
 
-// to[position][row], filled up with 0 to whole vectors of rows; from: rows of a multiple of LANES numbers
-static void turn_rows(const real *from, Int rows, Int from_step, Int count, real *to, Int to_step) {
-  for (Int p = 0; p < count; p += LANES)
-    for (Int r = 0; r < rows; r += LANES) {
-      if (r + LANES <= rows && p + LANES <= count) {
-        transpose(from + r * from_step + p, from_step, to + p * to_step + r, to_step);
-        continue;
-      }
-      for (Int i = p; i < std::min(p + LANES, count); i++)
-        for (Int j = r; j < r + LANES; j++) to[i * to_step + j] = j < rows ? from[j * from_step + i] : 0;
-    }
-}
-
 // Where the rows of a kernel lie that are multiplied, over groups of channels that are summed.
 struct Kernel {
   std::vector<Int> rows, groups;
@@ -111,7 +98,7 @@ void backward(const Call *call, const real *dy, const real *x, const real *alpha
     real *turned = buffers[0].get(SUMMED * step);
     for (Int first = 0; first < c.positions; first += SUMMED) {
       const Int count = std::min(SUMMED, c.positions - first);
-      turn_rows(x + (s * c.inputs() + i * c.c_in) * c.positions + first, c.c_in, c.positions, count, turned, step);
+      transpose_all(x + (s * c.inputs() + i * c.c_in) * c.positions + first, c.positions, c.c_in, count, turned, step);
       Product p = {};
       p.a = dy + s * c.outputs() * c.positions + first, p.a_rows = dy_rows + r0, p.a_step = 1;
       p.b = turned, p.b_step = step;

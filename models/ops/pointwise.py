@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from .compiled import TYPES, address, compiles, library
+from .compiled import TYPES, compiles, library, run
 from .geometry import full_alpha, live_alpha
 from .scratch import scratch
 
@@ -77,7 +77,7 @@ class _Pass:
 
     def run(self, name, geo, *arrays):
         call = _call(geo, torch.get_num_threads())
-        return getattr(library(SOURCE, self.x.dtype), name)(ctypes.byref(call), *map(address, arrays))
+        return run(library(SOURCE, self.x.dtype), name, call, *arrays)
 
 
 def pointwise_forward(x, alpha, cells, geo):
