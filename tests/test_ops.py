@@ -54,14 +54,15 @@ def make_call(seed, dtype=torch.float64, order=None):
     if rng.random() < 0.4:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     tensors = x, normal(batch, taps * g_out * g_in, n), normal(n, c_out, c_in, *window)
-    bias = normal(g_out * c_out) if rng.random() < 0.5 else None
+    bias = normal(g_out * c_out).requires_grad_() if rng.random() < 0.5 else None
     return [t.requires_grad_() for t in tensors], (kernel, bias, stride, padding, dilation, groups)
 
 
 def with_gradients(function, tensors, arguments, **kwargs):
     y = function(*tensors, *arguments, **kwargs)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
-    return [y, *torch.autograd.grad(y, tensors, dy)]
+    bias = arguments[1]
+    return [y, *torch.autograd.grad(y, tensors if bias is None else [*tensors, bias], dy)]
 
 
 def fitting(order, tensors, arguments):
@@ -87,7 +88,7 @@ def test_order_equals_naive_in_float32(order, seed):
     tensors, arguments = make_call(seed, torch.float32, order)
     fitting(order, tensors, arguments)
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    bias = arguments[1] if arguments[1] is None else arguments[1].double()
+    bias = arguments[1] if arguments[1] is None else arguments[1].detach().double().requires_grad_()
     reference = with_gradients(mixture_conv_naive, exact, (arguments[0], bias, *arguments[2:]))
     for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, backend=order), reference, strict=True):
         assert_same(value, expected)
@@ -286,8 +287,9 @@ def test_registration(dtype):
     x = torch.randn(3, 4, 6, 6, dtype=dtype, requires_grad=True)
     alpha, cells = torch.randn(3, 18, 5, dtype=dtype, requires_grad=True), torch.randn(5, 3, 4, 1, 1, dtype=dtype)
     for sample in (x, x.detach().to(memory_format=torch.channels_last).requires_grad_()):
-        arguments = (sample, alpha, cells, [3, 3], [2, 2], [1, 1], [1, 1], 1, "auto", False)
-        torch.library.opcheck(torch.ops.kernelwarehouse.mixture_conv.default, arguments)
+        for bias in (None, torch.randn(6, dtype=dtype, requires_grad=True)):
+            arguments = (sample, alpha, cells, bias, [3, 3], [2, 2], [1, 1], [1, 1], 1, "auto", False)
+            torch.library.opcheck(torch.ops.kernelwarehouse.mixture_conv.default, arguments)
 
 
 def test_autocast_decides_the_data_type():
@@ -296,6 +298,29 @@ def test_autocast_decides_the_data_type():
         y = mixture_conv(x, alpha, cells, (3, 3), padding=1)
     assert y.dtype == torch.bfloat16
     assert_same(y, mixture_conv_naive(x, alpha, cells, (3, 3), padding=1))
+
+
+@pytest.mark.parametrize("order", [None, *ORDERS])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_autocast_copies_no_warehouse(order, groups):
+    """Layers that share a warehouse keep the warehouse itself, and its gradient is exact to its own type."""
+    x, alpha = torch.randn(2, 8, 5, 5), torch.randn(2, 9 if groups == 1 else 1, 3)
+    cells = torch.randn(3, 8, 8, 1, 1) if groups == 1 else torch.randn(3, 8, 1, 3, 3)
+    arguments = ((3, 3), None, [1, 1], [1, 1], [1, 1], groups)
+    fitting(order, (x, alpha, cells), arguments)
+    kept, low = [], [t.bfloat16().double().requires_grad_() for t in (x, alpha, cells)]
+    cells.requires_grad_()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t),
+    ):
+        y = mixture_conv(x, alpha, cells, *arguments, backend=order)
+    assert len(kept) == 3
+    assert cells.data_ptr() in kept
+    y.sum().backward()
+    assert cells.grad.dtype == torch.float32
+    (expected,) = torch.autograd.grad(mixture_conv_naive(*low, *arguments).sum(), low[2])
+    assert_same(cells.grad, expected, torch.bfloat16)
 
 
 def test_vmap_and_grad_of_functions():
@@ -307,6 +332,11 @@ def test_vmap_and_grad_of_functions():
 
     def naive(*tensors):
         return loss(*tensors, mixture_conv_naive)
+
+    biases = torch.randn(3, 4)
+    expected = torch.func.vmap(lambda *t: mixture_conv_naive(*t[:3], (3, 3), t[3]), (0, 0, None, 0))
+    values = torch.func.vmap(lambda *t: mixture_conv(*t[:3], (3, 3), t[3]), (0, 0, None, 0))
+    assert_same(values(x, alpha, cells, biases), expected(x, alpha, cells, biases))
 
     for dims, shared in (((0, 0, None), cells), ((0, 0, 0), torch.stack([cells, 2 * cells, -cells]))):
         values, expected = (torch.func.vmap(f, dims)(x, alpha, shared) for f in (loss, naive))

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from .cost import cheapest
 from .geometry import geometry, is_channels_last, output_size
 from .naive import mixture_conv_naive
-from .registry import ORDERS, available_orders
+from .registry import COMPILED, ORDERS, available_orders
 
 _forced = None
 
@@ -48,26 +48,15 @@ def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, d
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     if dtype != torch.float64 and x.dtype == torch.float64:
         dtype = x.dtype
-    x, alpha, cells = x.to(dtype), alpha.to(dtype), cells.to(dtype)
+    x, alpha, bias = x.to(dtype), alpha.to(dtype), bias if bias is None else bias.to(dtype)
     if (backend or _forced) == "naive":
-        bias = bias if bias is None else bias.to(dtype)
-        return mixture_conv_naive(x, alpha, cells, kernel_size, bias, stride, padding, dilation, groups)
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or alpha.requires_grad or cells.requires_grad)
+        return mixture_conv_naive(x, alpha, cells.to(dtype), kernel_size, bias, stride, padding, dilation, groups)
+    tensors = [x, alpha, cells] if bias is None else [x, alpha, cells, bias]
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     eager = differentiable and not torch.compiler.is_compiling()
     operator = _Differentiable.apply if eager else torch.ops.kernelwarehouse.mixture_conv
-    y = operator(
-        x,
-        alpha,
-        cells,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-        backend or _forced or "auto",
-        backend is not None,
-    )
-    return y if bias is None else y + bias.to(dtype).view(-1, *[1] * dims)
+    order, strict = backend or _forced or "auto", backend is not None
+    return operator(x, alpha, cells, bias, kernel_size, stride, padding, dilation, groups, order, strict)
 
 
 def _check(x, alpha, cells, kernel_size, groups):
@@ -122,6 +111,14 @@ def _plan(
     return geo, cheapest(geo, available, dtype.itemsize, device, backward) if order == "auto" else order
 
 
+def _as_evaluated(cells, x, order):
+    """The cells in the type that an order works in.
+
+    Under autocast they come as they are: cast by the caller, every layer would keep a copy of its warehouse.
+    """
+    return cells if order in COMPILED else cells.to(x.dtype)
+
+
 def _in_layout(y, last):
     return y.movedim(1, -1).contiguous().movedim(-1, 1) if last else y.contiguous()
 
@@ -131,6 +128,7 @@ def _mixture_conv(
     x: torch.Tensor,
     alpha: torch.Tensor,
     cells: torch.Tensor,
+    bias: torch.Tensor | None,
     kernel_size: list[int],
     stride: list[int],
     padding: list[int],
@@ -143,11 +141,13 @@ def _mixture_conv(
     geo, order = _geometry_and_order(*arguments, False)
     if x.shape[0] == 0:
         return x.new_empty(0, geo.c_out, *geo.out)
-    return _in_layout(ORDERS[order][0](x, alpha, cells, geo), is_channels_last(x))
+    y = _in_layout(ORDERS[order][0](x, alpha, _as_evaluated(cells, x, order), geo), is_channels_last(x))
+    # in place: new memory costs as much as the sum
+    return y if bias is None else y.add_(bias.view(-1, *[1] * len(geo.out)))
 
 
 @_mixture_conv.register_fake
-def _(x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, strict):
+def _(x, alpha, cells, bias, kernel_size, stride, padding, dilation, groups, order, strict):
     taps = math.prod(kernel_size) // math.prod(cells.shape[3:])
     c_out = alpha.shape[1] // (taps * (x.shape[1] // groups // cells.shape[2])) * cells.shape[1]
     out = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
@@ -174,7 +174,7 @@ def _mixture_conv_backward(
     geo, order = _geometry_and_order(*arguments, True)
     if x.shape[0] == 0:
         return [torch.zeros_like(t) for t, need in zip((x, alpha, cells), needs, strict=True) if need]
-    grads = ORDERS[order][1](dy, x, alpha, cells, geo, needs)
+    grads = ORDERS[order][1](dy, x, alpha, _as_evaluated(cells, x, order), geo, needs)
     result = []
     for grad, like in zip(grads, (x, alpha, cells), strict=True):
         if grad is not None:
@@ -189,14 +189,15 @@ def _(dy, x, alpha, cells, kernel_size, stride, padding, dilation, groups, order
 
 
 def _setup_context(ctx, inputs, output):
-    x, alpha, cells, *ctx.arguments, _ = inputs
+    x, alpha, cells, _, *ctx.arguments, _ = inputs
     ctx.save_for_backward(x, alpha, cells)
 
 
 def _backward(ctx, dy):
     needs = list(ctx.needs_input_grad[:3])
     grads = iter(torch.ops.kernelwarehouse.mixture_conv_backward(dy, *ctx.saved_tensors, *ctx.arguments, needs))
-    return (*(next(grads) if need else None for need in needs), *[None] * 7)
+    dbias = dy.sum((0, *range(2, dy.ndim))) if ctx.needs_input_grad[3] else None
+    return (*(next(grads) if need else None for need in needs), dbias, *[None] * 7)
 
 
 _mixture_conv.register_autograd(_backward, setup_context=_setup_context)
@@ -208,14 +209,14 @@ def _slices(tensors, dims, count):
     return [[t if dim is None else t[i] for t, dim in zip(moved, dims, strict=True)] for i in range(count)]
 
 
-def _vmap(info, dims, x, alpha, cells, *rest):
-    """Where cells are shared, one call with a larger batch, else one after the other."""
+def _vmap(info, dims, x, alpha, cells, bias, *rest):
+    """Where cells and bias are shared, one call with a larger batch, else one after the other."""
     count, operator = info.batch_size, torch.ops.kernelwarehouse.mixture_conv
-    calls = _slices((x, alpha, cells), dims[:3], count)
-    if dims[2] is not None:
+    calls = _slices((x, alpha, cells, bias), dims[:4], count)
+    if dims[2] is not None or dims[3] is not None:
         return torch.stack([operator(*tensors, *rest) for tensors in calls]), 0
     x, alpha = (torch.cat([tensors[i] for tensors in calls]) for i in (0, 1))
-    return operator(x, alpha, cells, *rest).unflatten(0, (count, -1)), 0
+    return operator(x, alpha, cells, bias, *rest).unflatten(0, (count, -1)), 0
 
 
 def _vmap_backward(info, dims, dy, x, alpha, cells, *rest):

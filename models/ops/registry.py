@@ -23,6 +23,8 @@ ORDERS = {
     "triton": (triton_forward, triton_backward),
     "triton_fused": (triton_fused_forward, triton_fused_backward),
 }
+# they work in float32 (or float64) whatever the type of the input
+COMPILED = ("fused", "depthwise", "pointwise")
 
 
 def available_orders(geo, dtype, device):
