@@ -4,13 +4,16 @@
     python scripts/benchmark.py --kw_config configs/resnet18/kw1x_resnet18.json --batch_size 8 --input_size 224
 
 The naive order is the definition: assemble, permute, convolve in groups.  Nothing is printed for a model whose results
-differ from it.  Repeats are interleaved; the numbers are medians, with the lower and upper quartile.
+differ from it.  Repeats are interleaved; the numbers are medians, with the lower and upper quartile.  Every model and
+size is measured in a process of its own: what an earlier one left of the heap changes the speed of the next.
 --csv and --png keep them.  With --layers: every order, layer by layer.
 """
 
 import argparse
+import multiprocessing
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -76,6 +79,7 @@ def draw(rows, path):
 
 
 def compare_models(config, path, batch, size, args):
+    torch.set_num_threads(args.threads)
     rows = []
     for name in args.dtype:
         case = Case(config, batch, size, DTYPES[name], args.device, args.channels_last, args.compile)
@@ -84,6 +88,7 @@ def compare_models(config, path, batch, size, args):
         measured = case.measure(args.mode, args.repeats)
         print_rows(measured)
         rows += measured
+    sys.stdout.flush()
     return rows
 
 
@@ -143,7 +148,9 @@ def main():
             if args.layers:
                 compare_layers(config, batch, size, args)
             else:
-                rows += compare_models(config, path, batch, size, args)
+                sys.stdout.flush()
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                    rows += process.submit(compare_models, config, path, batch, size, args).result()
                 if args.csv:
                     write_rows(args.csv, rows)
     if args.png and rows:
