@@ -33,10 +33,15 @@ def write_checkpoint(path: Path, state: dict) -> None:
     Raises:
         OSError, RuntimeError: nothing was replaced, for example because the disk is full.
     """
+    replace_checkpoint(path, lambda file: torch.save(state, file))
+
+
+def replace_checkpoint(path: Path, write) -> None:
+    """`write_checkpoint` of what `write` writes to the file that it is given."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         # torch reads a damaged file without a word; the container's checksums tell
@@ -97,24 +102,36 @@ def newest_checkpoint(folder: Path) -> Path | None:
     if is_main_process():
         best = folder / "checkpoint-best.pth"
         candidates = [path for _, path in reversed(numbered_checkpoints(folder))] + ([best] if best.is_file() else [])
-        for path in candidates:
-            try:
-                read(path)
-            except ConfigError as error:
-                log(f"passing over a bad checkpoint: {error}")
-                continue
-            answer[0] = path
-            break
-        if candidates and answer[0] is None:
-            answer[1] = (
-                f"{folder}: none of its {len(candidates)} checkpoints can be read; "
-                "restore one, or start anew with another --output_dir or with --auto_resume false"
-            )
+        try:
+            answer[0] = newest(candidates, folder, "another --output_dir or with --auto_resume false")
+        except ConfigError as error:
+            answer[1] = str(error)
     if dist.is_initialized():
         dist.broadcast_object_list(answer, 0)
     if answer[1]:
         raise ConfigError(answer[1])
     return answer[0]
+
+
+def newest(candidates: list[Path], folder: str | Path, instead: str) -> Path | None:
+    """The first good one of the checkpoints of a folder, None where there are none; says which are bad.
+
+    Raises:
+        ConfigError: none is good; `instead` is how to start anew.
+    """
+    for path in candidates:
+        try:
+            read(path)
+        except ConfigError as error:
+            log(f"passing over a bad checkpoint: {error}")
+            continue
+        return path
+    if candidates:
+        raise ConfigError(
+            f"{folder}: none of its {len(candidates)} checkpoints can be read; restore one, or start anew with "
+            f"{instead}"
+        )
+    return None
 
 
 def read(path: str | Path) -> dict:

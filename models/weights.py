@@ -77,7 +77,8 @@ def released_keys(model, state):
         rename = _mobilenetv2_name
     elif any(key.startswith("downsample_layers.") for key in state):
         rename = _convnext_name
-    names = list(getattr(model, "warehouses", {}))
+    # of the whole model, also where its classifier was taken off
+    names = list(dict.fromkeys(getattr(model, "conversion", {}).values()))
     result = {}
     for key, value in state.items():
         if match := re.fullmatch(r"warehouse_manager\.weights\.(\d+)", key):
@@ -157,10 +158,11 @@ def matched_state(model, state):
     return state, missing, unexpected, wrong
 
 
-def load_weights(model, checkpoint, model_key="model|module"):
+def load_weights(model, checkpoint, model_key="model|module", without=()):
     """Load a checkpoint into a model, strictly.
 
     checkpoint: a path, a loaded checkpoint or a bare state dict; this project's or a released one.
+    without: names of modules that were taken off the model, and that the checkpoint may still have.
     Returns the model.  Raises ValueError that lists the first keys that differ, and changes nothing then.
     """
     name = "the checkpoint"
@@ -168,6 +170,10 @@ def load_weights(model, checkpoint, model_key="model|module"):
         name = f"'{checkpoint}'"
         checkpoint = read_checkpoint(checkpoint)
     state, missing, unexpected, wrong = matched_state(model, state_dict_of(checkpoint, model_key))
+    if without:
+        gone = [key for key in unexpected if key.startswith(tuple(f"{name}." for name in without))]
+        state = {key: value for key, value in state.items() if key not in gone}
+        unexpected = [key for key in unexpected if key not in gone]
     if missing or unexpected or wrong:
         own = model.state_dict()
         shapes = [f"{key} {list(state[key].shape)} for {list(own[key].shape)}" for key in wrong]

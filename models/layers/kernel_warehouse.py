@@ -92,7 +92,7 @@ class KWAttention(nn.Module):
     def logits(self, pooled):
         """z [B, m, n + 1] of pooled inputs [B, C]."""
         hidden = self.fc1(pooled)
-        if self.training and pooled.shape[0] == 1 and type(self.norm1) is nn.BatchNorm1d:
+        if self.norm1.training and pooled.shape[0] == 1 and type(self.norm1) is nn.BatchNorm1d:
             hidden = self._normalise_single(hidden)
         else:
             hidden = self.norm1(hidden)

@@ -1,0 +1,213 @@
+"""Any classification model of this project as the backbone of an mmdetection detector."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from mmdet.models import FasterRCNN, MaskRCNN
+from mmdet.registry import MODELS
+from mmengine.model import BaseModule
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from checkpoints import read
+from models import build_model, load_weights, set_temperature, warehouse_layers
+from models.config import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+# BatchNorm's statistics of fewer images than this are too noisy to train with
+LEAST_BATCH = 8
+
+
+@MODELS.register_module()
+class ClassificationBackbone(BaseModule):
+    """The feature maps of a classification model, from stride 4 on.
+
+    Input [B, 3, H, W]; output a tuple of [B, channels[i], H / stride, W / stride], stage by stage.  The map of the
+    last stage is what the classifier pools (so MobileNetV2's has 1280 channels).  Attentions are at temperature 0.
+
+    config: of a classification model: a path (also relative to the project), a dict, or a timm name.
+    out_indices: stages to give out, counted from 0 at stride 4.
+    frozen_stages: the stem and so many stages are frozen (0: the stem, -1: nothing), with their attentions and every
+        warehouse that they use.
+    norm_eval: BatchNorm, that of attentions included, uses its running statistics.
+    sync_bn: BatchNorm's statistics are those of all processes.
+    drop_path: rate of stochastic depth; the classification config's own is for longer training.
+    num_classes: of the classifier, which is dropped; matters only where it shares a warehouse with other layers.
+    init_cfg: dict(type="Pretrained", checkpoint=PATH) with a classification checkpoint of this project or a released
+        one; None for random weights.
+    overrides: other keys that win over the config's, such as layer_scale_init_value.
+
+    Raises ConfigError for a model that has no such feature maps, and for a checkpoint of another model.
+    """
+
+    def __init__(
+        self,
+        config,
+        out_indices=(0, 1, 2, 3),
+        frozen_stages=-1,
+        norm_eval=False,
+        sync_bn=False,
+        drop_path=0.0,
+        num_classes=1000,
+        init_cfg=None,
+        **overrides,
+    ):
+        super().__init__(init_cfg)
+        if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}):
+            raise ConfigError(f"init_cfg {dict(init_cfg)}: use None or dict(type='Pretrained', checkpoint=PATH)")
+        model = build_model(_config(config), num_classes, drop_path=drop_path, **overrides)
+        set_temperature(model, 0.0)
+        self.name = getattr(model, "default_cfg", {}).get("architecture", type(model).__name__)
+        stages = _stages(model, self.name)
+        out_indices = tuple(out_indices)
+        if not out_indices or list(out_indices) != sorted(set(out_indices) & set(range(len(stages)))):
+            raise ConfigError(
+                f"out_indices {out_indices}: {self.name} has the stages 0 to {len(stages) - 1}, ascending"
+            )
+        if not -1 <= frozen_stages <= len(stages):
+            raise ConfigError(f"frozen_stages {frozen_stages}: {self.name} has {len(stages)} stages")
+        chosen = [stages[i] for i in out_indices]
+        self.indices = [stage["index"] for stage in chosen]
+        self.whole = out_indices[-1] == len(stages) - 1
+        self.channels = [stage["num_chs"] for stage in chosen]
+        self.strides = [stage["reduction"] for stage in chosen]
+        if self.whole:
+            self.channels[-1] = model.num_features
+        self.norm_eval, self.warned = norm_eval, norm_eval or sync_bn
+        self.model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if sync_bn else model
+        self.dropped = self._drop_unused()
+        self.frozen = self._freeze(stages[frozen_stages - 1]["module"] if frozen_stages > 0 else None, frozen_stages)
+        self.train()
+
+    def _features(self, x):
+        if not self.whole:
+            return self.model.forward_intermediates(x, indices=self.indices, stop_early=True, intermediates_only=True)
+        last, features = self.model.forward_intermediates(x, indices=self.indices)
+        return [*features[:-1], last]
+
+    def forward(self, x):
+        if self.training and not self.warned and len(x) < LEAST_BATCH:
+            self.warned = True
+            if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
+                warnings.warn(
+                    f"BatchNorm of {self.name} is trained on {len(x)} images a process; "
+                    f"set norm_eval=True, or sync_bn=True, for fewer than {LEAST_BATCH}",
+                    stacklevel=2,
+                )
+        return tuple(self._features(x))
+
+    def _drop_unused(self):
+        """Replace what no feature map depends on, and return the names.
+
+        A parameter without a gradient would stop DistributedDataParallel.
+        """
+        model, called = self.model, set()
+        hooks = [m.register_forward_hook(lambda module, *_: called.add(id(module))) for m in model.modules()]
+        training = model.training
+        parameter = next(model.parameters())
+        with torch.no_grad():
+            model.eval()
+            self._features(torch.zeros(1, 3, 64, 64, device=parameter.device, dtype=parameter.dtype))
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+        warehouses = getattr(model, "warehouses", {})
+        dropped = []
+        for name, module in list(model.named_modules()):
+            if not name or name.split(".")[0] == "warehouses" or name.startswith(tuple(f"{d}." for d in dropped)):
+                continue
+            if module.state_dict() and not any(id(part) in called for part in module.modules()):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, nn.Identity())
+                dropped.append(name)
+        for name, layers in warehouse_layers(model).items():
+            if not layers:
+                name = name.removesuffix(".cells")
+                del warehouses[name.removeprefix("warehouses.")]
+                dropped.append(name)
+        return dropped
+
+    def _freeze(self, last, stages):
+        """Freeze the stem and the stages up to a module of the model; returns the modules that stay in eval mode."""
+        if stages < 0:
+            return []
+        # timm registers modules in the order in which they are called
+        names = [name for name, _ in self.model.named_modules() if name.split(".")[0] != "warehouses"]
+        if stages == 0:
+            first = _stages(self.model, self.name)[0]["module"]
+            end = names.index(first)
+        else:
+            end = 1 + max(i for i, name in enumerate(names) if name == last or name.startswith(f"{last}."))
+        inside = set(names[:end])
+        users = warehouse_layers(self.model)
+        for name, parameter in self.model.named_parameters():
+            owners = users[name] if name in users else [name.rpartition(".")[0]]
+            if any(owner in inside for owner in owners):
+                parameter.requires_grad_(False)
+        later = names[end:]
+        return [name for name in names[1:end] if not any(other.startswith(f"{name}.") for other in later)]
+
+    def train(self, mode=True):
+        super().train(mode)
+        for name in self.frozen if mode else ():
+            self.model.get_submodule(name).eval()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def init_weights(self):
+        """Load the checkpoint of init_cfg, without its classifier and otherwise strictly.  Raises ConfigError."""
+        if self.init_cfg is None:
+            return
+        path = self.init_cfg["checkpoint"]
+        checkpoint = read(path)
+        try:
+            load_weights(self.model, checkpoint, without=self.dropped)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+
+def _config(config):
+    """What `build_model` takes: a path that exists, a dict, or that of a timm name."""
+    if isinstance(config, (str, Path)) and not str(config).endswith(".json"):
+        return {"model": str(config)}
+    if isinstance(config, (str, Path)) and not Path(config).exists() and (ROOT / config).exists():
+        return ROOT / config
+    return config
+
+
+def _stages(model, name):
+    """timm's description of every feature map from stride 4 on, with its `index` among all."""
+    if not hasattr(model, "feature_info") or not hasattr(model, "forward_intermediates"):
+        raise ConfigError(f"{name} gives no feature maps (timm's forward_intermediates); use another model")
+    info = model.feature_info
+    info = info.get_dicts() if hasattr(info, "get_dicts") else info
+    stages = [{**stage, "index": i} for i, stage in enumerate(info) if stage["reduction"] >= 4]
+    strides = [stage["reduction"] for stage in stages]
+    if len(set(strides)) < len(strides):
+        raise ConfigError(
+            f"{name} has feature maps of the strides {strides}; a pyramid needs a different one per stage"
+        )
+    return stages
+
+
+class _FitsBackbone:
+    """A detector whose neck takes the channels of the backbone, so that no config repeats them."""
+
+    def __init__(self, *args, neck=None, **kwargs):
+        super().__init__(*args, neck=None, **kwargs)
+        if neck is not None:
+            self.neck = MODELS.build({"in_channels": self.backbone.channels, **neck})
+
+
+@MODELS.register_module()
+class FittedFasterRCNN(_FitsBackbone, FasterRCNN):
+    """Faster R-CNN on a `ClassificationBackbone`; its neck needs no in_channels."""
+
+
+@MODELS.register_module()
+class FittedMaskRCNN(_FitsBackbone, MaskRCNN):
+    """Mask R-CNN on a `ClassificationBackbone`; its neck needs no in_channels."""

@@ -1,0 +1,87 @@
+#!/usr/bin/env python
+"""Draw the boxes and masks that a detector finds into pictures.
+
+python detection/infer.py IMAGE [IMAGE ...] CONFIG CHECKPOINT --out-dir OUT
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# the project, not this folder, whose names would hide others
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from models.threads import wait_briefly
+
+wait_briefly()
+
+import cv2
+import torch
+from mmdet.apis import inference_detector
+from mmdet.registry import DATASETS, MODELS, VISUALIZERS
+from mmdet.utils import register_all_modules
+from PIL import Image
+
+from checkpoints import read
+from detection import tools
+from detection.hooks import SafeCheckpointHook
+from models.config import ConfigError
+
+
+def load_detector(cfg, checkpoint, device):
+    """The detector of a config with the weights of a checkpoint, in eval mode.  Raises ConfigError."""
+    cfg.model.backbone.init_cfg = None
+    model = MODELS.build(cfg.model)
+    content = read(checkpoint)
+    SafeCheckpointHook.require_detector(model, content)
+    model.load_state_dict(content["state_dict"])
+    # what inference_detector and the visualizer read
+    model.cfg, model.dataset_meta = cfg, content["meta"].get("dataset_meta") or {}
+    classes = model.dataset_meta.get("classes")
+    if classes is None:
+        model.dataset_meta = DATASETS.get(cfg.test_dataloader.dataset.type).METAINFO
+    return model.to(device).eval()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("config")
+    parser.add_argument("checkpoint")
+    parser.add_argument(
+        "--out-dir", type=Path, default=Path("detections"), help="folder for NAME.png; default %(default)s"
+    )
+    parser.add_argument("--score", type=float, default=0.3, help="least score of what is drawn; default %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.launcher, args.cfg_options, args.work_dir, args.local_rank = "none", None, None, 0
+    tools.require_checkpoint(args.checkpoint)
+    cfg = tools.read_config(args)
+    register_all_modules()
+    model = load_detector(cfg, args.checkpoint, args.device)
+    visualizer = VISUALIZERS.build({**cfg.visualizer, "vis_backends": None})
+    visualizer.dataset_meta = model.dataset_meta
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    for name in args.images:
+        try:
+            with Image.open(name) as opened:
+                opened.load()
+            picture = cv2.imread(name)
+        except Exception as error:
+            # decoders raise anything
+            raise ConfigError(f"image '{name}' cannot be read: {str(error) or type(error).__name__}") from None
+        result = inference_detector(model, picture)
+        target = args.out_dir / f"{Path(name).stem}.png"
+        visualizer.add_datasample(
+            name,
+            cv2.cvtColor(picture, cv2.COLOR_BGR2RGB),
+            result,
+            draw_gt=False,
+            pred_score_thr=args.score,
+            out_file=str(target),
+        )
+        found = int((result.pred_instances.scores >= args.score).sum())
+        print(f"{target}: {found} objects", flush=True)
+
+
+if __name__ == "__main__":
+    tools.run(main)
