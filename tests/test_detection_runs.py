@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, free_port, quick
+from helpers import ROOT, free_port, words
 from PIL import Image
 
 pytest.importorskip("mmdet", reason="requirements-detection.txt is not installed")
@@ -292,17 +292,22 @@ def test_learns_to_detect(tmp_path):
 def test_a_classifier_of_digits_helps(data, tmp_path):
     """Weights that main.py trained give a lower loss after the same steps."""
     classifier = tmp_path / "classifier"
-    arguments = quick(kw_config="configs/digits/kw1x_resnet18.json", output_dir=classifier, epochs=4)
+    arguments = words(
+        model="kw_resnet10t", data_set="digits", nb_classes=10, input_size=32, batch_size=32, epochs=6, temp_epoch=2,
+        opt="adamw", lr=0.003, warmup_epochs=1, clip_grad=1, mixup=0, cutmix=0, num_workers=0, seed=1,
+        output_dir=classifier,
+    )  # fmt: skip
     subprocess.run([sys.executable, ROOT / "main.py", *arguments], check=True, capture_output=True)
     data, result = made(tmp_path / "mini", 96, 6), {}
     for name in ("random", "pretrained"):
-        more = {"model.backbone.config": "configs/digits/kw1x_resnet18.json", "train_cfg.max_epochs": 3}
+        more = {"train_cfg.max_epochs": 6, "param_scheduler.0.end": 10, "param_scheduler.1.T_max": 6}
         if name == "pretrained":
             more["model.backbone.init_cfg.type"] = "Pretrained"
             more["model.backbone.init_cfg.checkpoint"] = classifier / "checkpoint-best.pth"
         arguments = ("--work-dir", tmp_path / name, *options(data, **more))
         done = run("detection/train.py", CONFIG, *arguments, env={"OMP_NUM_THREADS": "2"})
         assert done.returncode == 0, done.stderr[-2000:]
-        last = [loss for epoch, _, loss in losses(tmp_path / name) if epoch == 3]
+        last = [loss for epoch, _, loss in losses(tmp_path / name) if epoch == 6]
         result[name] = sum(last) / len(last)
+    # 3.66 and 3.76 were measured
     assert result["pretrained"] < result["random"]
