@@ -16,6 +16,7 @@ from models.threads import wait_briefly
 
 wait_briefly()
 
+import torch
 from mmengine.runner import Runner
 
 from detection import tools
@@ -37,6 +38,8 @@ def main():
     args = parser.parse_args()
     cfg = tools.read_config(args)
     if args.amp:
+        if not torch.cuda.is_available():
+            raise ConfigError("--amp: mmengine's mixed precision needs a GPU, and there is none; leave it out")
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.loss_scale = "dynamic"
     if args.auto_scale_lr:

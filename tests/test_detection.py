@@ -69,6 +69,20 @@ def test_feature_maps_are_those_of_the_classifier(name):
         assert_same(value, expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("mobilenetv2_100", [24, 32, 96, 1280]),
+        ("resnet50", [256, 512, 1024, 2048]),
+        ("convnext_tiny", [96, 192, 384, 768]),
+    ],
+)
+def test_pyramids_of_the_papers(name, channels):
+    model = MODELS.build({**Config.fromfile(ROOT / f"detection/configs/kw/mask_rcnn_static_{name}.py").model})
+    assert [conv.conv.in_channels for conv in model.neck.lateral_convs] == channels
+    assert model.backbone.strides == [4, 8, 16, 32]
+
+
 @pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 2), (0,)])
 @each_model
 def test_every_parameter_gets_a_gradient(name, out_indices):

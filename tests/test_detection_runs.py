@@ -229,8 +229,13 @@ def test_code_in_a_checkpoint_never_runs(kind, way, data, trained, tmp_path):
         (["detection/train.py", CONFIG, {"model.backbone.config": "resnet19"}], "unknown model 'resnet19'"),
         (["detection/train.py", CONFIG, {"default_hooks.checkpoint.max_keep_ckpts": 1}], "max_keep_ckpts 1"),
         (["detection/infer.py", "none.png", CONFIG, "CHECKPOINT"], "image 'none.png' cannot be read"),
+        pytest.param(
+            ["detection/train.py", CONFIG, "--amp"],
+            "--amp: mmengine's mixed precision needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
     ],
-    ids=["config", "data", "resume", "test", "model", "hook", "picture"],
+    ids=["config", "data", "resume", "test", "model", "hook", "picture", "amp"],
 )
 def test_mistakes_end_in_one_line(arguments, message, data, trained, tmp_path):
     *arguments, last = arguments
