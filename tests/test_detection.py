@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import KW, ROOT
+from test_oracle import DATA as RELEASED
+from test_oracle import released_state
 from tolerance import assert_same
 
 pytest.importorskip("mmdet", reason="requirements-detection.txt is not installed")
@@ -23,7 +25,7 @@ from PIL import Image
 from detection.backbones import ClassificationBackbone
 from detection.datasets import check_data
 from detection.hooks import plain
-from models import build_model, warehouse_layers
+from models import build_model, load_weights, warehouse_layers
 from models.config import ConfigError
 
 register_all_modules()
@@ -173,6 +175,20 @@ def test_weights_of_a_classifier(name, prefix, tmp_path):
     torch.save({"model": state}, tmp_path / "x.pth")
     with pytest.raises(ConfigError, match="1 missing"):
         backbone.init_weights()
+
+
+@pytest.mark.parametrize(
+    "name", ["kw1x_resnet18", "kw1d2x_mobilenetv2_050", "kw1x_mobilenetv2_050", "kw1x_convnext_tiny", "resnet50"]
+)
+def test_released_weights_as_they_are(name, tmp_path):
+    """Their foreign names, numbered warehouses, and a classifier that has a warehouse of its own."""
+    config, state = RELEASED[name]["config"], released_state(RELEASED[name])
+    torch.save({"model": state}, tmp_path / "x.pth")
+    backbone = ClassificationBackbone(config, init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / "x.pth")})
+    backbone.init_weights()
+    expected = load_weights(build_model(config), {"model": state}).state_dict()
+    own = backbone.model.state_dict()
+    assert len(own) > 100 and all(torch.equal(value, expected[key]) for key, value in own.items())
 
 
 @pytest.mark.parametrize(
