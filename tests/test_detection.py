@@ -231,7 +231,7 @@ def test_configs_say_what_they_are(path):
     head = path.read_text().split("_base_")[0]
     model = MODELS.build(Config.fromfile(path).model)
     assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M" in head
-    for row in TABLE:
+    for row in [row for row in TABLE if row["method"] in ("static", "kw")]:
         setting = {"": "static", "3/4x": "kw3d4x"}.get(row["setting"], f"kw{row['setting']}")
         source = {"kw": "KW T3", "odconv": "OD T4"}.get(path.parent.name)
         if path.stem == f"{row['detector']}_{setting}_{row['backbone']}" and row["source"] == source:
