@@ -61,7 +61,7 @@ def make_call(seed, dtype=torch.float64, order=None):
 def with_gradients(function, tensors, arguments, **kwargs):
     y = function(*tensors, *arguments, **kwargs)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
-    bias = arguments[1]
+    bias = arguments[1] if len(arguments) > 1 else None
     return [y, *torch.autograd.grad(y, tensors if bias is None else [*tensors, bias], dy)]
 
 
