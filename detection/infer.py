@@ -60,7 +60,6 @@ def main():
     model = load_detector(cfg, args.checkpoint, args.device)
     visualizer = VISUALIZERS.build({**cfg.visualizer, "vis_backends": None})
     visualizer.dataset_meta = model.dataset_meta
-    args.out_dir.mkdir(parents=True, exist_ok=True)
     for name in args.images:
         try:
             with Image.open(name) as opened:
@@ -70,6 +69,7 @@ def main():
             # decoders raise anything
             raise ConfigError(f"image '{name}' cannot be read: {str(error) or type(error).__name__}") from None
         result = inference_detector(model, picture)
+        args.out_dir.mkdir(parents=True, exist_ok=True)
         target = args.out_dir / f"{Path(name).stem}.png"
         visualizer.add_datasample(
             name,
