@@ -77,7 +77,7 @@ class ClassificationBackbone(BaseModule):
         self.norm_eval, self.warned = norm_eval, norm_eval or sync_bn
         self.model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if sync_bn else model
         self.dropped = self._drop_unused()
-        self.frozen = self._freeze(stages[frozen_stages - 1]["module"] if frozen_stages > 0 else None, frozen_stages)
+        self.frozen = self._freeze([stage["module"] for stage in stages], frozen_stages)
         self.train()
 
     def _features(self, x):
@@ -104,12 +104,10 @@ class ClassificationBackbone(BaseModule):
         """
         model, called = self.model, set()
         hooks = [m.register_forward_hook(lambda module, *_: called.add(id(module))) for m in model.modules()]
-        training = model.training
         parameter = next(model.parameters())
         with torch.no_grad():
             model.eval()
             self._features(torch.zeros(1, 3, 64, 64, device=parameter.device, dtype=parameter.dtype))
-        model.train(training)
         for hook in hooks:
             hook.remove()
         warehouses = getattr(model, "warehouses", {})
@@ -128,16 +126,15 @@ class ClassificationBackbone(BaseModule):
                 dropped.append(name)
         return dropped
 
-    def _freeze(self, last, stages):
-        """Freeze the stem and the stages up to a module of the model; returns the modules that stay in eval mode."""
-        if stages < 0:
+    def _freeze(self, stages, count):
+        """Freeze the stem and so many of the stages (names of modules); returns the modules that stay in eval mode."""
+        if count < 0:
             return []
         # timm registers modules in the order in which they are called
         names = [name for name, _ in self.model.named_modules() if name.split(".")[0] != "warehouses"]
-        if stages == 0:
-            first = _stages(self.model, self.name)[0]["module"]
-            end = names.index(first)
-        else:
+        end = names.index(stages[0])
+        if count:
+            last = stages[count - 1]
             end = 1 + max(i for i, name in enumerate(names) if name == last or name.startswith(f"{last}."))
         inside = set(names[:end])
         users = warehouse_layers(self.model)
@@ -172,11 +169,11 @@ class ClassificationBackbone(BaseModule):
 
 def _config(config):
     """What `build_model` takes: a path that exists, a dict, or that of a timm name."""
-    if isinstance(config, (str, Path)) and not str(config).endswith(".json"):
+    if not isinstance(config, (str, Path)):
+        return config
+    if not str(config).endswith(".json"):
         return {"model": str(config)}
-    if isinstance(config, (str, Path)) and not Path(config).exists() and (ROOT / config).exists():
-        return ROOT / config
-    return config
+    return ROOT / config if not Path(config).exists() and (ROOT / config).exists() else config
 
 
 def _stages(model, name):

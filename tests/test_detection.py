@@ -21,6 +21,7 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.optim import build_optim_wrapper
 from PIL import Image
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from detection.backbones import ClassificationBackbone
 from detection.datasets import check_data
@@ -362,10 +363,13 @@ def test_released_settings():
         assert cfg.train_cfg.max_epochs == 12 and cfg.param_scheduler[-1].milestones == milestones
         assert cfg.train_dataloader.batch_size == 2 and cfg.auto_scale_lr.base_batch_size == 16
     assert kw.model.backbone.frozen_stages == 1 and kw.model.backbone.norm_eval
-    wrapper = build_optim_wrapper(MODELS.build(kw.model), kw.optim_wrapper)
+    model = MODELS.build(kw.model)
+    wrapper = build_optim_wrapper(model, kw.optim_wrapper)
+    norms = {id(p) for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
+    assert norms
     for group in wrapper.optimizer.param_groups:
-        norms = any(p.ndim == 1 for p in group["params"])
-        assert norms or group["weight_decay"] == 0.05
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.0 if id(parameter) in norms else 0.05)
     assert TASK_UTILS  # the registry of anchors and samplers is filled by register_all_modules
 
 

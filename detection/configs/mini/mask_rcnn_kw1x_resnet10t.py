@@ -46,10 +46,9 @@ test_pipeline = [
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
 _data = dict(type="CocoDataset", data_root=data_root, metainfo=dict(classes=classes))
+_loader = dict(batch_size=8, num_workers=0, persistent_workers=False)
 train_dataloader = dict(
-    batch_size=8,
-    num_workers=0,
-    persistent_workers=False,
+    **_loader,
     sampler=dict(type="DefaultSampler", shuffle=True),
     dataset=dict(
         **_data,
@@ -60,9 +59,7 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=8,
-    num_workers=0,
-    persistent_workers=False,
+    **_loader,
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         **_data,
