@@ -1,6 +1,7 @@
 """What the commands of this folder share: options, configs, and errors of one line."""
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -83,3 +84,7 @@ def run(main):
         os._exit(2) if "RANK" in os.environ else sys.exit(2)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        logging.shutdown()
+        sys.stdout.flush()
+        # threads of gloo that still hold Python objects abort an interpreter that is taken down beneath them
+        os._exit(0)
