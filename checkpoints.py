@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from models import load_weights, set_temperature, warehouse_layers
+from models import load_weights, set_temperature, temperature_range, warehouse_layers
 from models.config import ConfigError
 from models.weights import matched_state, read_checkpoint, state_dict_of
 from utils import Process, gather, is_main_process, log, set_seed
@@ -166,14 +166,14 @@ def find(args, output: Path | None) -> tuple[dict | None, str | Path | None]:
 
 
 def load(model: torch.nn.Module, checkpoint: dict, path: str | Path) -> None:
-    """Load the weights of a checkpoint, and the temperature that they were saved at (0 where none was).
+    """Load the weights of a checkpoint, and the temperature that they were saved at (where none was, the last one).
 
     Raises:
         ConfigError: of another model; lists the first keys that differ.
     """
     try:
         load_weights(model, checkpoint)
-        set_temperature(model, checkpoint.get("temperature", 0.0))
+        set_temperature(model, checkpoint.get("temperature", temperature_range(model)[1]))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from None
 

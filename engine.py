@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from models import set_temperature
+from models import set_temperature, temperature_range
 from utils import Progress, UnreadableImage, log, reduce_sum
 
 
@@ -15,13 +15,15 @@ class NonFiniteLoss(RuntimeError):
     """The loss or the gradient is NaN or infinite. The message names the epoch and the step."""
 
 
-def temperature_at(step: int, steps_per_epoch: int, temp_epoch: int, temp_init_value: float) -> float:
-    """Temperature at an optimizer update: linear from `temp_init_value` at update 0 to 0 after `temp_epoch` epochs.
+def temperature_at(
+    step: int, steps_per_epoch: int, temp_epoch: int, temp_init_value: float, last: float = 0.0
+) -> float:
+    """Temperature at an optimizer update: linear `temp_init_value` at the first, `last` after `temp_epoch` epochs.
 
-    Source: KernelWarehouse, section 3.4 and appendix A.1.
+    Source: KernelWarehouse, section 3.4 and appendix A.1 (1 to 0); ODConv, appendix A.2 (30 to 1).
     """
     total = temp_epoch * steps_per_epoch
-    return temp_init_value * (1 - step / total) if step < total else 0.0
+    return last + (temp_init_value - last) * (1 - step / total) if step < total else last
 
 
 def autocast(args, device: torch.device):
@@ -63,7 +65,7 @@ def train_one_epoch(
     model = net.module if isinstance(net, DistributedDataParallel) else net
     device, steps = process.device, schedule.steps_per_epoch
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    temperature = None
+    temperature, (_, final) = None, temperature_range(model)
     # sums stay on the device: loss, correct images, images
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     first_bad_step = torch.full((), -1.0, device=device)
@@ -74,7 +76,7 @@ def train_one_epoch(
     for update in range(steps):
         step = epoch * steps + update
         lr, weight_decay = schedule.apply(optimizer, step)
-        now = 0.0 if args.finetune else temperature_at(step, steps, args.temp_epoch, args.temp_init_value)
+        now = final if args.finetune else temperature_at(step, steps, args.temp_epoch, args.temp_init_value, final)
         if now != temperature:
             temperature = now
             set_temperature(model, temperature)

@@ -80,7 +80,7 @@ def run(args, given: dict) -> None:
     import utils
     from datasets import make_loaders
     from engine import amp_dtype, evaluate, train_one_epoch
-    from models import build_model, get_temperature, set_temperature
+    from models import build_model, get_temperature, set_temperature, temperature_range
     from optim_factory import Schedule, create_optimizer
     from utils import log
 
@@ -100,8 +100,14 @@ def run(args, given: dict) -> None:
     config = {name: value for name, value in given.items() if name in MODEL_KEYS}
     try:
         model = build_model({**config, "model": args.model}, num_classes=loaders.nb_classes).to(device)
+        first, last = temperature_range(model)
+        args.temp_init_value = args.temp_init_value if "temp_init_value" in given else first
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    try:
+        set_temperature(model, args.temp_init_value)
+    except ValueError as error:
+        raise ConfigError(f"--temp_init_value of {args.model}: {error}") from None
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.finetune:
@@ -115,7 +121,7 @@ def run(args, given: dict) -> None:
     if args.eval:
         if checkpoint is None and not args.finetune:
             raise ConfigError("--eval needs a checkpoint: give --resume, or the --output_dir of a run")
-        set_temperature(model, 0.0)
+        set_temperature(model, last)
         if checkpoint is not None:
             checkpoints.load(model, checkpoint, path)
         evaluate(model, loaders.evaluation, args=args, device=device)

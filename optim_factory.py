@@ -52,12 +52,18 @@ def _stage_scales(model: torch.nn.Module, layer_decay: float) -> dict[str, float
     for warehouse, layers in users.items():
         counts = Counter(stages[stand_ins[layer]] for layer in layers)
         stages[warehouse] = max(counts, key=lambda stage: (counts[stage], stage))
+    # a kernel representation starts at the image, beside the stem
+    for name in stages:
+        if name.startswith("kernel_representation."):
+            stages[name] = 0
     last = max(stages.values())
     return {name: layer_decay ** (last - stage) for name, stage in stages.items()}
 
 
 def create_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum, over `parameter_groups`.
+    """AdamW, Adam, or SGD with momentum, over `parameter_groups`.
+
+    AdamW shrinks the weights by lr x weight decay; Adam and SGD add weight decay x weight to the gradient.
 
     The fused versions are used: they can skip an update by a flag that stays on the device (`found_inf`).
     """
@@ -72,7 +78,8 @@ def create_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     betas = tuple(args.opt_betas or (0.9, 0.999))
-    return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.opt_eps, fused=True)
+    kind = torch.optim.Adam if args.opt == "adam" else torch.optim.AdamW
+    return kind(groups, lr=args.lr, betas=betas, eps=args.opt_eps, fused=True)
 
 
 class Schedule:

@@ -11,15 +11,19 @@ _HOME = {
     "load_weights": "weights",
     "set_temperature": "temperature",
     "get_temperature": "temperature",
+    "temperature_range": "temperature",
     "warehouse_layers": "weights",
     "read_config": "config",
     "ConfigError": "config",
-    "KWConv1d": "layers",
-    "KWConv2d": "layers",
-    "KWConv3d": "layers",
-    "KWLinear": "layers",
+    **{
+        prefix + kind: "layers"
+        for prefix in ("KW", "OD", "DY", "Cond", "KR", "DCD", "WeightNet", "WE")
+        for kind in ("Conv1d", "Conv2d", "Conv3d", "Linear")
+    },
+    **{prefix + kind: "layers" for prefix in ("CGC",) for kind in ("Conv1d", "Conv2d", "Conv3d")},
     "Warehouse": "layers",
     "mixture_conv": "ops",
+    "sample_conv": "ops",
 }
 __all__ = list(_HOME)
 

@@ -1,14 +1,27 @@
 """A config (path or dict) -> a model."""
 
 import difflib
+import functools
 import re
 
 import timm
-from timm.layers import DropPath
+from timm.layers import DropPath, SEModule
 
 from . import plans
 from .config import ConfigError, read_config
 from .conversion import WAREHOUSE_SETTINGS, convert
+from .methods import METHODS
+from .options import MODEL_KEYS
+
+# model options that are timm's, or this file's; all others are the methods'
+OWN_KEYS = {
+    "model", "drop_path", "block_drop_path", "dropout", "head_init_scale", "layer_scale_init_value", "block_attention"
+}  # fmt: skip
+METHOD_KEYS = MODEL_KEYS - OWN_KEYS
+# what the released configs of static models hold, too
+RELEASED_KEYS = {*WAREHOUSE_SETTINGS, "sharing_range"}
+# ODConv's tables count squeeze-and-excitation without biases
+BLOCK_ATTENTIONS = {"se": functools.partial(SEModule, rd_ratio=1 / 16, bias=False), "cbam": "cbam", "eca": "eca"}
 
 
 def _half_mobilenetv2(model):
@@ -29,26 +42,45 @@ def _half_mobilenetv2(model):
     return {name: {"layers": layers, "reduction": 1 / 32, **own.get(name, {})} for name, layers in groups.items()}
 
 
-# prefix of a model's name -> (explicit warehouses of a model or None, defaults)
-METHODS = {
-    "kw": (None, {}),
-    "kw1d2x": (_half_mobilenetv2, {"dropout": 0.1}),
+# prefix of a model's name -> (method, defaults of its config); the longest prefix counts
+PREFIXES = {
+    **{name: (name, {}) for name in ("kw", "kw_star", *METHODS)},
+    "kw1d2x": ("kw", {"dropout": 0.1}),
+    # the released names of ODConv
+    "od": ("odconv", {}),
+    **{name: (None, {"block_attention": name}) for name in ("se", "cbam", "eca")},
+}
+# names of networks that timm builds, but has no name for: another width, or another size
+BACKBONES = {
+    "resnet18_slim": ("resnet18", {"channels": (64, 128, 192, 256)}),
+    "vit_nano": ("vit_tiny_patch16_224", {"embed_dim": 128, "num_heads": 2}),
+    "vit_tiny": ("vit_tiny_patch16_224", {}),
+    "vit_small": ("vit_small_patch16_224", {}),
+    "deit_tiny": ("deit_tiny_patch16_224", {}),
+    "deit_small": ("deit_small_patch16_224", {}),
+    "vit_nano_cifar": ("vit_tiny_patch16_224", {"embed_dim": 128, "num_heads": 2, "patch_size": 4, "img_size": 32}),
+    "vit_tiny_cifar": ("vit_tiny_patch16_224", {"patch_size": 4, "img_size": 32}),
 }
 
 
 def parse_name(name):
-    """`kw_resnet18` -> ("kw", "resnet18"); a static timm model has the method None."""
-    prefix, _, backbone = name.partition("_")
-    method, backbone = (prefix, backbone) if prefix in METHODS else (None, name)
-    if not timm.is_model(backbone):
-        known = timm.list_models() + [f"{m}_{b}" for m in METHODS for b in ("resnet18", "resnet50", "mobilenetv2_100")]
-        close = difflib.get_close_matches(name, known, 1)
-        raise ConfigError(
-            f"unknown model '{name}'"
-            + (f", did you mean '{close[0]}'?" if close else "")
-            + f" A model is a timm name, or METHOD_NAME with METHOD one of {', '.join(METHODS)}"
-        )
-    return method, backbone
+    """`od_resnet18` -> ("od", "resnet18"); a static model's prefix is None.  Raises ConfigError for an unknown name."""
+    # names of timm's own, such as eca_nfnet_l0, may begin like a prefix
+    if name in BACKBONES or timm.is_model(name):
+        return None, name
+    prefixes = [prefix for prefix in PREFIXES if name.startswith(prefix + "_")]
+    for prefix in sorted(prefixes, key=len, reverse=True):
+        backbone = name.removeprefix(prefix + "_")
+        if backbone in BACKBONES or timm.is_model(backbone):
+            return prefix, backbone
+    known = timm.list_models() + list(BACKBONES)
+    known += [f"{m}_{b}" for m in PREFIXES for b in ("resnet18", "resnet50", "mobilenetv2_100", *BACKBONES)]
+    close = difflib.get_close_matches(name, known, 1)
+    raise ConfigError(
+        f"unknown model '{name}'"
+        + (f", did you mean '{close[0]}'?" if close else "")
+        + f" A model is a timm name, or METHOD_NAME with METHOD one of {', '.join(PREFIXES)}"
+    )
 
 
 def build_model(config, num_classes=1000, **overrides):
@@ -59,44 +91,52 @@ def build_model(config, num_classes=1000, **overrides):
     Raises ConfigError (a ValueError) that names the key for an unknown or mistyped setting, and the layer and the
     warehouse for a ratio that does not divide.
     """
-    config = {**read_config(config), **read_config(overrides)}
-    method, backbone = parse_name(config.get("model", "convnext_tiny"))
-    explicit, defaults = METHODS[method] if method else (None, {})
-    config = {**defaults, **config}
+    config = read_config(config, overrides)
+    prefix, backbone = parse_name(config.get("model", "convnext_tiny"))
+    method, defaults = PREFIXES.get(prefix, (None, {}))
+    given = config.get("block_attention")
+    if given and defaults.get("block_attention", given) != given:
+        raise ConfigError(f"block_attention '{given}' contradicts the model's name '{config['model']}'")
+    config = {**defaults, **{key: value for key, value in config.items() if value is not None}}
     model = _static(backbone, num_classes, config)
     if method is None:
+        ignored = [key for key in METHOD_KEYS if key in config and key not in RELEASED_KEYS]
+        if ignored:
+            raise ConfigError(f"'{ignored[0]}' is for dynamic models such as od_{backbone}; '{backbone}' is static")
         return model
 
-    settings = {key: config[key] for key in WAREHOUSE_SETTINGS if config.get(key) is not None}
-    warehouses = config.get("warehouses")
-    if warehouses is None and explicit is not None:
+    settings = {key: config[key] for key in METHOD_KEYS if key in config}
+    if prefix == "kw1d2x" and "warehouses" not in config:
         if type(model).__name__ != "EfficientNet":
-            raise ConfigError(f"model '{config['model']}': {method} is defined for MobileNetV2 only, use kw_{backbone}")
-        warehouses = explicit(model)
-    for key in ("attention_function", "attention_init", "cell_sharing"):
-        if config.get(key) is not None:
-            settings[key] = config[key]
-    return convert(
-        model,
-        warehouses=warehouses,
-        sharing_range=config.get("sharing_range"),
-        **settings,
-    )
+            raise ConfigError(f"model '{config['model']}': {prefix} is for MobileNetV2 only, use kw_{backbone}")
+        settings["warehouses"] = _half_mobilenetv2(model)
+    try:
+        return convert(model, method, **settings)
+    except ValueError as error:
+        raise ConfigError(f"model '{config['model']}': {error}") from None
 
 
 def _static(backbone, num_classes, config):
     """timm's model with the config's regularisation."""
     kwargs = {"num_classes": num_classes, "drop_rate": config.get("dropout") or 0.0}
     rate = config.get("drop_path") or 0.0
-    is_resnet = re.match(r"(kw_)?resnet\d", backbone) is not None
+    is_resnet = re.match(r"resnet\d", backbone) is not None
     schedule = config.get("block_drop_path") or ("constant" if is_resnet else "linear")
-    if schedule == "linear":
+    if schedule == "linear" and rate:
         kwargs["drop_path_rate"] = rate
     if "convnext" in backbone:
         for key, name in (("layer_scale_init_value", "ls_init_value"), ("head_init_scale", "head_init_scale")):
             if config.get(key) is not None:
                 kwargs[name] = config[key]
-    model = timm.create_model(backbone, **kwargs)
+    if config.get("block_attention"):
+        if not re.match(r"(test_resnet|resnet\d)", backbone):
+            raise ConfigError(f"block_attention '{config['block_attention']}' is for ResNets, not for '{backbone}'")
+        kwargs["block_args"] = {"attn_layer": BLOCK_ATTENTIONS[config["block_attention"]]}
+    name, own = BACKBONES.get(backbone, (backbone, {}))
+    try:
+        model = timm.create_model(name, **{**own, **kwargs})
+    except TypeError as error:
+        raise ConfigError(f"model '{backbone}' does not take a setting: {error}") from None
     if schedule == "constant" and rate:
         # the released ResNets drop every block at the same rate, timm's at one that grows with depth
         blocks = [m for m in model.modules() if hasattr(m, "drop_path") and hasattr(m, "conv2")]

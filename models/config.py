@@ -10,11 +10,14 @@ import math
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from .options import OPTIONS, WAREHOUSE_OPTIONS, Option
 
 MAX_CONFIG_BYTES = 1 << 20
+# not there where this folder is installed alone
+OWN_RECIPES = Path(__file__).resolve().parent.parent / "configs" / "recipes"
 
 
 class ConfigError(ValueError):
@@ -33,48 +36,81 @@ _WORDS_OF_BOOL = {
 }
 
 
-def read_config(config: str | os.PathLike | dict) -> dict[str, Any]:
-    """Read and check a config.
+def read_config(config: str | os.PathLike | dict, overrides: dict | None = None) -> dict[str, Any]:
+    """Read and check a config, with the recipe that it names beneath it.
 
     Args:
         config: path of a JSON file, or a dict of its contents.
+        overrides: settings that beat the config's; a recipe among them replaces the config's.
 
     Returns:
-        The given keys only, with underscores, each value of its option's type; `_about` (documentation) is left out.
+        The given keys only, with underscores, each value of its option's type. `_about` (documentation) is left out,
+        and in place of `recipe` there are its settings.
 
     Raises:
         ConfigError: names the file, the key and the nearest known key.
     """
-    if isinstance(config, dict):
-        return _check_keys(config, OPTIONS, "config")
-    settings = _check_keys(_load_json(config), OPTIONS, str(config))
-    if "kw_config" in settings:
-        raise ConfigError(f'{config}: "kw_config" cannot be set inside a config; put its settings here instead')
+    settings = _merge(config, _check_keys(overrides or {}, OPTIONS, "config"))
+    settings.pop("recipe", None)
     return settings
 
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Merge the command line, the config that it names, and the defaults, in this order of precedence.
+    """Merge the command line, the config that it names, the recipe, and the defaults, in this order of precedence.
 
     Args:
         argv: arguments; None: those of the process.
 
     Returns:
-        All options as a namespace, and a dict of those that the command line or the config gave.
+        All options as a namespace, and a dict of those that the command line, the config or the recipe gave.
 
     Raises:
-        ConfigError: for any mistake in either.
+        ConfigError: for any mistake in them.
     """
     argv = sys.argv[1:] if argv is None else argv
     given_text, unknown = _make_parser().parse_known_args([_underscored(word) for word in argv])
     if unknown:
         raise ConfigError(_unknown_argument(unknown[0]))
     command_line = {name: _from_text(name, text) for name, text in vars(given_text).items()}
-    given = command_line
-    if command_line.get("kw_config") is not None:
-        given = {**read_config(command_line["kw_config"]), **command_line}
+    path = command_line.get("kw_config")
+    given = _merge({} if path is None else path, command_line)
     defaults = {name: option.default for name, option in OPTIONS.items()}
     return argparse.Namespace(**{**defaults, **given}), given
+
+
+def _merge(config: str | os.PathLike | dict, overrides: dict[str, Any]) -> dict[str, Any]:
+    """`overrides`, which are checked already, over the config over its recipe; the name of the recipe stays in it."""
+    path = None if isinstance(config, dict) else config
+    own = _check_keys(config if path is None else _load_json(path), OPTIONS, "config" if path is None else str(path))
+    if path is not None and "kw_config" in own:
+        raise ConfigError(f'{path}: "kw_config" cannot be set inside a config; put its settings here instead')
+    settings = {**own, **overrides}
+    if settings.get("recipe") is None:
+        return settings
+    where = "" if path is None or "recipe" in overrides else f"{path}: "
+    return {**_read_recipe(settings["recipe"], path, where), **settings}
+
+
+def _read_recipe(name: str, path: str | os.PathLike | None, where: str) -> dict[str, Any]:
+    """The settings of a recipe: from folders `recipes` beside the config and above it, else the project's own."""
+    above = [] if path is None else [folder / "recipes" for folder in Path(os.path.abspath(path)).parents]
+    folders = [*above, OWN_RECIPES]
+    found = [folder / f"{name}.json" for folder in folders if os.path.isfile(folder / f"{name}.json")]
+    if not found:
+        known = sorted({file.stem for folder in folders for file in folder.glob("*.json")})
+        if not known:
+            raise ConfigError(
+                f'{where}unknown recipe "{name}"; no recipes are installed, so put {name}.json into a folder "recipes" '
+                "beside the config"
+            )
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        known = f'did you mean "{near[0]}"?' if near else f"the known ones are {', '.join(known)}"
+        raise ConfigError(f'{where}unknown recipe "{name}"; {known}')
+    settings = _check_keys(_load_json(found[0]), OPTIONS, str(found[0]))
+    for key in ("model", "recipe", "kw_config"):
+        if key in settings:
+            raise ConfigError(f'{found[0]}: a recipe cannot set "{key}"; leave it to the config or the command line')
+    return settings
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,10 +1,12 @@
 """Replaces layers of any model by dynamic ones."""
 
-import torch
 from torch import nn
 
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouse, Warehouses
-from .plans import explicit, family, group, share
+from .layers.query_key_value import split_projections
+from .methods import METHODS, convert_layers
+from .plans import explicit, family, group, share, vit_plan
+from .replacement import put, refuse_others, replacement
 
 WAREHOUSE_SETTINGS = {
     "cell_num_ratio": 1.0,
@@ -14,7 +16,9 @@ WAREHOUSE_SETTINGS = {
     "nonlocal_basis_ratio": 1.0,
     "spatial_partition": True,
 }
-LAYERS = {nn.Conv1d: KWConv1d, nn.Conv2d: KWConv2d, nn.Conv3d: KWConv3d}
+LAYERS = {nn.Conv1d: KWConv1d, nn.Conv2d: KWConv2d, nn.Conv3d: KWConv3d, nn.Linear: KWLinear}
+# methods with warehouses -> what sets them apart
+WAREHOUSE_METHODS = {"kw": {}, "kw_star": {"attentions": ("spatial", "channel", "filter")}}
 
 
 def per_warehouse(settings, names):
@@ -43,26 +47,25 @@ def _kernel(module):
     return (*shape, 1) if isinstance(module, nn.Linear) else shape
 
 
-def _replacement(module, **kwargs):
-    kwargs.update(device=module.weight.device, dtype=module.weight.dtype)
-    if isinstance(module, nn.Linear):
-        return KWLinear(module.in_features, module.out_features, module.bias is not None, **kwargs)
-    if module.padding_mode != "zeros":
-        raise ValueError(f"layer '{kwargs['layer']}': padding_mode '{module.padding_mode}' is not supported, use zeros")
-    return LAYERS[type(module)](
-        module.in_channels,
-        module.out_channels,
-        module.kernel_size,
-        module.stride,
-        module.padding,
-        module.dilation,
-        module.groups,
-        module.bias is not None,
-        **kwargs,
-    )
+def convert(model, method="kw", *, keep_weights=False, **settings):
+    """Replace layers of a model by dynamic ones, in place, and return the model.
+
+    method: "kw" and "kw_star" give layers kernels mixed from warehouses and take what `convert_warehouses` does; the
+    others (`methods.METHODS`) take `layers`, the words of `plans.select` ("all", "1x1", "3x3", "last_N_blocks",
+    "classifier", glob patterns of names), and their own settings: `convert(model, "odconv", kernel_num=4)`.
+    keep_weights: start from the static kernels, so that the model computes what it did before ("kw" and "kw_star": at
+    temperature 1, for budgets of 1 and more; "we": without `standardise`).
+    `model.conversion` then tells layer -> warehouse or method.
+    Raises ValueError for what does not fit, naming the layer or warehouse; the model is then as it was.
+    """
+    if method in WAREHOUSE_METHODS:
+        return convert_warehouses(model, keep_weights=keep_weights, **{**WAREHOUSE_METHODS[method], **settings})
+    if method not in METHODS:
+        raise ValueError(f"unknown method '{method}', choose from {', '.join([*WAREHOUSE_METHODS, *METHODS])}")
+    return convert_layers(model, method, keep_weights=keep_weights, **settings)
 
 
-def convert(
+def convert_warehouses(
     model,
     *,
     plan=None,
@@ -71,29 +74,44 @@ def convert(
     norm=None,
     attention_function="caf",
     attention_init="one-to-one",
+    attentions=(),
     cell_sharing=True,
     keep_weights=False,
     **settings,
 ):
-    """Give layers of `model` kernels mixed from warehouses, in place, and return the model.
+    """Give layers of a model kernels mixed from warehouses (KernelWarehouse).
 
     plan: [(layer, warehouse name), ...], joined by `sharing_range`; norm: of the attention, "batch" or "layer".  What
     is None is that of the model's family (see `plans.py`).  warehouses: explicit ones instead of a plan,
     name -> {"layers": [glob pattern, ...], any setting}.
+    attentions: of ODConv's "spatial", "channel" and "filter", those beside the attention to cells (KW*, Table 17).
     settings: cell_num_ratio, cell_inplane_ratio, cell_outplane_ratio, reduction, nonlocal_basis_ratio,
     spatial_partition; one value, or a list in the order of the warehouses.
-    keep_weights: fill the cells with the kernels that they replace (for budgets of 1 and more), so that at
-    temperature 1 the model computes what it did before.
 
-    The warehouses are registered at `model.warehouses`; `model.conversion` tells layer -> warehouse.
-    Raises ValueError for what does not fit, naming the layer or warehouse.
+    The warehouses are registered at `model.warehouses`.
     """
     unknown = [key for key in settings if key not in WAREHOUSE_SETTINGS]
     if unknown:
-        raise ValueError(f"convert: unknown setting '{unknown[0]}', choose from {', '.join(WAREHOUSE_SETTINGS)}")
+        known = "sharing_range, warehouses, plan, norm, attention_function, attention_init, attentions, cell_sharing"
+        raise ValueError(f"kw has no setting '{unknown[0]}', choose from {', '.join(WAREHOUSE_SETTINGS)}, {known}")
     if hasattr(model, "warehouses"):
         raise ValueError("the model has warehouses already; convert a static model, once")
+    if keep_weights and attention_init != "one-to-one":
+        raise ValueError(f"keep_weights needs attention_init 'one-to-one', not '{attention_init}'")
+    attentions = [attentions] if isinstance(attentions, str) else attentions
     own_plan, own_sharing, own_norm = family(model)
+    if own_plan is vit_plan and plan is None and not warehouses:
+        # the plan names the parts of a projection
+        split = split_projections(model)
+        own = {"norm": norm, "attention_function": attention_function, "attention_init": attention_init}
+        own |= {"attentions": attentions, "cell_sharing": cell_sharing, "keep_weights": keep_weights, **settings}
+        try:
+            own["sharing_range"] = own_sharing if sharing_range is None else sharing_range
+            return convert_warehouses(model, plan=vit_plan(model), **own)
+        except ValueError:
+            for module, qkv in split:
+                module.qkv = qkv
+            raise
     sharing_range = own_sharing if sharing_range is None else sharing_range
     norm = own_norm if norm is None else norm
     if warehouses:
@@ -117,6 +135,7 @@ def convert(
     modules = dict(model.named_modules(remove_duplicate=False))
     made = {}
     for name, layers in groups.items():
+        refuse_others([modules[layer] for layer in layers], layers, LAYERS, "kw")
         own = per[name]
         first = modules[layers[0]].weight
         made[name] = Warehouse(
@@ -126,15 +145,13 @@ def convert(
             dtype=first.dtype,
             **{key: own[key] for key in WAREHOUSE_SETTINGS if key not in ("reduction", "nonlocal_basis_ratio")},
         )
-    # a module may stand in several places, and is replaced in all of them
-    paths = {}
-    for path, module in modules.items():
-        paths.setdefault(id(module), []).append(path)
     replaced = {}
     for name, layers in groups.items():
         for layer in layers:
-            replaced[layer] = _replacement(
+            replaced[layer] = replacement(
                 modules[layer],
+                layer,
+                LAYERS,
                 warehouse=made[name],
                 layer=layer,
                 reduction=per[name]["reduction"],
@@ -142,30 +159,13 @@ def convert(
                 norm=norm,
                 attention_function=attention_function,
                 attention_init=attention_init,
+                attentions=attentions,
                 cell_sharing=cell_sharing,
             )
-    for layer, module in replaced.items():
-        static = modules[layer]
-        if module.bias is not None:
-            module.bias.data.copy_(static.bias.data)
-        if keep_weights:
-            _keep(module, static)
-        module.train(static.training)
-        for path in paths[id(static)]:
-            parent, _, child = path.rpartition(".")
-            setattr(modules[parent], child, module)
+    put(model, replaced, keep_weights)
     model.warehouses = Warehouses(made)
-    model.conversion = {layer: name for name, layers in groups.items() for layer in layers}
+    model.conversion = {
+        **getattr(model, "conversion", {}),
+        **{layer: name for name, layers in groups.items() for layer in layers},
+    }
     return model
-
-
-@torch.no_grad()
-def _keep(module, static):
-    """Write the static kernel into the cells that its mixtures own."""
-    warehouse = module.warehouse
-    c_out, c_in, *window = warehouse.cells.shape[1:]
-    weight = static.weight.reshape(_kernel(static))
-    g_out, g_in = weight.shape[0] // c_out, weight.shape[1] // c_in
-    weight = weight.reshape(g_out, c_out, g_in, c_in, -1, *window)
-    cells = weight.permute(4, 0, 2, 1, 3, *range(5, weight.ndim)).reshape(-1, *warehouse.cells.shape[1:])
-    warehouse.cells[torch.tensor(warehouse.assignments[module.layer], device=cells.device)] = cells

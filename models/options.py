@@ -78,7 +78,7 @@ OPTIONS: dict[str, Option] = {
         model=Option(
             str,
             "convnext_tiny",
-            "name of a timm model; kw_NAME makes it a KernelWarehouse model",
+            "name of a timm model; METHOD_NAME makes it dynamic, as kw_resnet18 or od_resnet50",
             pattern=r"[A-Za-z0-9][A-Za-z0-9_.\-]*",
             hint="a model name",
         ),
@@ -102,7 +102,46 @@ OPTIONS: dict[str, Option] = {
         nonlocal_basis_ratio=Option(float, 1.0, "rank of the attention's shared basis over its full rank", **_FRACTION),
         spatial_partition=Option(bool, True, "divide kernels along space as well", nargs="+"),
         attention_function=Option(
-            str, "caf", "attention function (Table 8)", choices=("caf", "softmax", "sigmoid", "relu")
+            str,
+            None,
+            "attention function; null: the method's own (KW: caf; ODConv, DY-Conv: softmax)",
+            choices=("caf", "softmax", "sigmoid", "relu"),
+        ),
+        layers=Option(
+            str,
+            None,
+            "layers to replace: all, 1x1, 3x3, last_N_blocks, classifier, patterns of names; null: the method's own",
+            nargs="*",
+        ),
+        kernel_num=Option(int, None, "kernels per layer; null: the method's own", low=1, high=64),
+        attentions=Option(
+            str,
+            None,
+            "ODConv, KR: attentions along these dimensions of the kernels",
+            nargs="*",
+            choices=("spatial", "channel", "filter", "kernel"),
+        ),
+        spatial_function=Option(
+            str, None, "ODConv: function of the spatial attention (Table 11)", choices=("sigmoid", "softmax")
+        ),
+        attention_sharing=Option(
+            bool, None, "ODConv: the kernels share spatial, channel and filter attentions (Table 12)"
+        ),
+        spatial_pool=Option(
+            int, None, "ODConv: side of the map that the spatial attention sees (Table 16)", low=1, high=64
+        ),
+        representation=Option(
+            bool, None, "KR: layers see the kernel representation of those before; false: their input only (Table 6)"
+        ),
+        representation_dim=Option(
+            int, None, "KR: what a unit adds to the representation; null: 16 or 32 (section 4.1)", low=1, high=4096
+        ),
+        representation_start=Option(
+            str, None, "KR: the first representation: of low frequencies, or learned", choices=("frequency", "learned")
+        ),
+        representation_norm=Option(bool, None, "KR: BatchNorm of representations (Table 6)"),
+        block_attention=Option(
+            str, None, "attention module of every block of a ResNet, timm's", choices=("se", "cbam", "eca")
         ),
         attention_init=Option(
             str,
@@ -124,8 +163,14 @@ OPTIONS: dict[str, Option] = {
     ),
     **_in_group(
         "temperature",
-        temp_epoch=Option(int, 20, "epochs in which the temperature falls linearly to 0", low=0),
-        temp_init_value=Option(float, 1.0, "temperature at the start", **_SHARE),
+        temp_epoch=Option(int, 20, "epochs in which the temperature falls linearly to its last value", low=0),
+        temp_init_value=Option(
+            float,
+            1.0,
+            "temperature at the start; where not given, 30 for ODConv and DY-Conv",
+            low=0,
+            high=1000,
+        ),
     ),
     **_in_group(
         "training",
@@ -154,9 +199,11 @@ OPTIONS: dict[str, Option] = {
     ),
     **_in_group(
         "optimizer",
-        opt=Option(str, "adamw", "optimizer", choices=("adamw", "sgd")),
-        opt_eps=Option(float, 1e-8, "epsilon of AdamW", low=0),
-        opt_betas=Option(float, None, "betas of AdamW; null: 0.9 0.999", nargs=2, low=0, high=1),
+        opt=Option(
+            str, "adamw", "optimizer; in adam and sgd weight decay is an L2 penalty", choices=("adamw", "adam", "sgd")
+        ),
+        opt_eps=Option(float, 1e-8, "epsilon of Adam and AdamW", low=0),
+        opt_betas=Option(float, None, "betas of Adam and AdamW; null: 0.9 0.999", nargs=2, low=0, high=1),
         clip_grad=Option(float, None, "greatest norm of the gradient; null: no clipping", above=0),
         momentum=Option(float, 0.9, "momentum of SGD", **_SHARE),
         weight_decay=Option(float, 0.05, "weight decay; none for biases, norms and other 1-d parameters", low=0),
@@ -203,7 +250,7 @@ OPTIONS: dict[str, Option] = {
             pattern=r"(wds|hfds|hfids|tfds|folder)/.*",
             hint="a timm reader string such as wds/NAME or hfds/NAME",
         ),
-        data_path=Option(str, "", "folder of the data; IMNET: with train/ and val/ inside"),
+        data_path=Option(str, "", "folder of the data; IMNET: with train/ and val/ inside; CIFAR: binary version"),
         eval_data_path=Option(str, None, "folder of the evaluation images of image_folder"),
         nb_classes=Option(int, 1000, "number of classes; taken from the data where not given", low=1),
         imagenet_default_mean_and_std=Option(
@@ -228,6 +275,13 @@ OPTIONS: dict[str, Option] = {
     **_in_group(
         "run",
         kw_config=Option(str, None, "config file (JSON); the command line overrides it"),
+        recipe=Option(
+            str,
+            None,
+            "settings of configs/recipes/NAME.json, which the config overrides",
+            pattern=r"[A-Za-z0-9][A-Za-z0-9_.\-]*",
+            hint="the name of a recipe",
+        ),
         eval=Option(bool, False, "evaluate only"),
         dist_eval=Option(bool, True, "divide the evaluation among the processes"),
         disable_eval=Option(bool, False, "no evaluation during training"),

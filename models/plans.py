@@ -7,9 +7,12 @@ not shrink the greatest common divisors of all others (Table 15).
 """
 
 import fnmatch
+import itertools
+import math
 import re
 from collections import Counter
 
+from timm.layers import Linear as TimmLinear
 from torch import nn
 
 CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -36,7 +39,11 @@ def resnet_plan(model):
                     plan.append((f"{name}.{conv}", f"stage{stage}_layer{index}_conv{i}"))
             if block.downsample is not None and stage > 0:
                 # the convolution is the only one there, whether or not an average pooling stands before it
-                i, _ = next((i, m) for i, m in block.downsample.named_children() if isinstance(m, nn.Conv2d))
+                i, _ = next(
+                    (i, m)
+                    for i, m in block.downsample.named_children()
+                    if hasattr(m, "kernel_size") and hasattr(m, "out_channels")
+                )
                 plan.append((f"{name}.downsample.{i}", f"stage{stage - 1}_layer{before + 1}_conv0"))
     return plan
 
@@ -76,9 +83,23 @@ def convnext_plan(model, stages=None):
     return plan
 
 
+def vit_plan(model, groups=2):
+    """Vision transformers (Table 11): value, attention output and MLP matrices; query and key stay static.
+
+    groups: of consecutive blocks, each with a warehouse for every kind of matrix.
+    """
+    per_group = -(-len(model.blocks) // groups)
+    parts = {"attn.qkv.value": "value", "attn.proj": "output", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
+    return [
+        (f"blocks.{i}.{layer}", f"stage{i // per_group}_layer{i}_{part}")
+        for i in range(len(model.blocks))
+        for layer, part in parts.items()
+    ]
+
+
 def any_plan(model):
     """Any other model: every convolution and linear layer but the first and the last, each with its own warehouse."""
-    layers = [name for name, module in model.named_modules() if type(module) in CONVERTIBLE]
+    layers = list(replaceable(model))
     return [(name, name.replace(".", "_")) for name in layers[1:-1]]
 
 
@@ -87,16 +108,22 @@ FAMILIES = {
     "ResNet": (resnet_plan, ["layer", "conv"], "batch"),
     "MobileNetV2": (mobilenetv2_plan, ["layer", "pwconv"], "batch"),
     "ConvNeXt": (convnext_plan, ["layer", "conv", "pwconv"], "layer"),
+    "VisionTransformer": (vit_plan, ["layer"], "layer"),
     "other": (any_plan, [], "batch"),
 }
 
 
-def family(model):
-    """(plan, sharing range, norm of the attention) of a timm model's family, or those of any model."""
+def family_name(model):
+    """The name of a timm model's family among `FAMILIES`."""
     name = type(model).__name__
     if name == "EfficientNet" and hasattr(model, "conv_head") and not _has_squeeze(model):
         name = "MobileNetV2"
-    return FAMILIES.get(name, FAMILIES["other"])
+    return name if name in FAMILIES else "other"
+
+
+def family(model):
+    """(plan, sharing range, norm of the attention) of a timm model's family, or those of any model."""
+    return FAMILIES[family_name(model)]
 
 
 def _has_squeeze(model):
@@ -138,12 +165,132 @@ def group(plan):
     return groups
 
 
+# a block of timm's networks: ResNet, MobileNetV2, ConvNeXt and MetaFormer, ViT
+_BLOCK = re.compile(r"(layer\d+\.\d+|blocks\.\d+\.\d+|stages\.\d+\.blocks\.\d+|blocks\.\d+)\.")
+
+
+def block_of(layer):
+    """The name of the block that a layer is in, or None."""
+    match = _BLOCK.match(layer)
+    return match[1] if match else None
+
+
+def _layers(model):
+    """Convolutions and linear layers by name, static and dynamic ones, without the parts of dynamic ones."""
+    found, inside = {}, ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if is_dynamic(module):
+            inside = (*inside, f"{name}.")
+        elif not isinstance(module, CONVERTIBLE):
+            continue
+        found[name] = module
+    return found
+
+
+def replaceable(model):
+    """Those of `_layers` that a method may replace, or has replaced; other subclasses do something else."""
+    layers = _layers(model).items()
+    return {name: module for name, module in layers if kind_of(module) in CONVERTIBLE or is_dynamic(module)}
+
+
+def kind_of(module):
+    """The type of a layer; timm's linear layer is PyTorch's, but for a cast under torch.jit."""
+    return nn.Linear if type(module) is TimmLinear else type(module)
+
+
+def is_dynamic(module):
+    """Whether a layer has been replaced by a method."""
+    return hasattr(module, "convolve") or getattr(module, "is_dynamic", False)
+
+
+def stem_of(model):
+    """The name of the layer that sees the image: the first convolution, or else the first linear layer."""
+    layers = _layers(model)
+    return next((name for name, module in layers.items() if not hasattr(module, "in_features")), next(iter(layers)))
+
+
+def heads_of(model, names):
+    """The names of the linear layers that end a model: one, two where it is distilled, none where it ends in features.
+
+    names: of layers in its body; a model that does not tell its classifier has one only behind all of them.
+    """
+    layers = _layers(model)
+    linear = [name for name, module in layers.items() if hasattr(module, "in_features")]
+    if not callable(getattr(model, "get_classifier", None)):
+        last = list(layers)[-1]
+        return [last] if last in linear and last not in names else []
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    # of a classifier of several layers, the last one
+    inner = [[name for name in linear if any(layers[name] is m for m in head.modules())] for head in heads if head]
+    return [found[-1] for found in inner if found]
+
+
+def residual_units(names):
+    """Layers, in their order, by unit: those of an MLP or an attention module together, any other one alone."""
+    key = lambda name: match[0] if (match := re.match(r"(?:.*\.)?(?:mlp|attn)\.", name)) else name  # noqa: E731
+    return [list(unit) for _, unit in itertools.groupby(names, key)]
+
+
+def is_deep(model):
+    """Networks of bottlenecks and MobileNets, whose kernel representations grow by less (KR, section 4.1)."""
+    return type(model).__name__.startswith(("EfficientNet", "MobileNet")) or any(
+        type(module).__name__ == "Bottleneck" for module in model.modules()
+    )
+
+
+def main_layers(model):
+    """What dynamic convolutions replace by default: all convolutions but the first, and the linear layers of MLPs.
+
+    In order; the parts of attention modules such as squeeze-and-excitation are not among them.
+    """
+    modules = replaceable(model)
+    names = [name for name in modules if "se" not in name.split(".")]
+    convolutions = [name for name in names if not hasattr(modules[name], "in_features")]
+    chosen = [name for name in names if name in convolutions[1:] or "mlp" in name.split(".")]
+    return chosen or names[1:-1]
+
+
+def select(model, words):
+    """Names of layers, in the model's order, that the words of a config's `layers` mean together.
+
+    "all": `main_layers`; "1x1" and "3x3": those of them with one tap, and with more; "last_N_blocks": those of the
+    last N blocks; "classifier"; anything else is a glob pattern of module names.  Raises ValueError for a word that
+    means no layer.
+    """
+    every, chosen = main_layers(model), set()
+    modules = dict(model.named_modules())
+    taps = {name: math.prod(getattr(modules[name], "kernel_size", (1,))) for name in every}
+    for word in words:
+        if word == "all":
+            found = every
+        elif word == "classifier":
+            found = heads_of(model, every)
+        elif word in ("1x1", "3x3"):
+            found = [name for name in every if (taps[name] == 1) == (word == "1x1")]
+        elif match := re.fullmatch(r"last_(\d+)_blocks", word):
+            blocks = list(dict.fromkeys(block for name in every if (block := block_of(name))))
+            kept = blocks[-int(match[1]) :] if int(match[1]) else []
+            found = [name for name in every if block_of(name) in kept]
+        else:
+            found = fnmatch.filter(list(_layers(model)), word)
+        if not found:
+            raise ValueError(
+                f"layers: '{word}' means no layer of this model; use all, 1x1, 3x3, last_N_blocks, classifier, or a "
+                f"pattern of names such as {', '.join([*every, *modules][:3])}"
+            )
+        chosen.update(found)
+    return [name for name in modules if name in chosen]
+
+
 def explicit(model, warehouses):
     """Warehouse -> its layers, from the glob patterns of a config's `warehouses`, in module order.
 
     Raises ValueError for a pattern that matches nothing and for a layer that two warehouses claim.
     """
-    names = [name for name, module in model.named_modules() if type(module) in CONVERTIBLE]
+    names = list(_layers(model))
     owner, groups = {}, {}
     for warehouse, settings in warehouses.items():
         found = set()

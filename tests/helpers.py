@@ -8,10 +8,22 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from models.build import PREFIXES
 
 ROOT = Path(__file__).parent.parent
 KW = {"cell_num_ratio": 1, "cell_inplane_ratio": 1, "cell_outplane_ratio": 1, "reduction": 0.0625}
+# prefix of every method -> a small model of it
+METHODS = {
+    **{prefix: {"model": f"{prefix}_test_resnet"} for prefix in PREFIXES},
+    "kw": {"model": "kw_test_resnet", **KW},
+    "kw1d2x": {"model": "kw1d2x_mobilenetv2_050"},
+}
+# whole runs take seconds: of names that stand for the same layers, or for timm's, and of the slowest, only with --slow
+_TWINS = ("kw1d2x", "kw_star", "od", "se", "cbam", "eca", "weightnet")
+METHODS_OF_RUNS = [pytest.param(name, marks=pytest.mark.slow) if name in _TWINS else name for name in METHODS]
 EXIF_ORIENTATION = 0x0112
 
 
@@ -45,6 +57,34 @@ def make_image_folder(root, train=13, val=11, classes=("ant", "bee", "cat")):
             else:
                 image.save(path)
     return root
+
+
+def make_cifar(root, name, train=13, test=11):
+    """CIFAR's binary version: label bytes, then the red, green and blue plane, row by row. Returns what was drawn.
+
+    CIFAR10's training images are spread over its five files.
+
+    Returns:
+        "train" and "test" -> a list of (label, bytes of the three planes).
+    """
+    rng = np.random.default_rng(0)
+    folder = root / {"CIFAR10": "cifar-10-batches-bin", "CIFAR100": "cifar-100-binary"}[name]
+    folder.mkdir(parents=True)
+    drawn = {}
+    for split, count in (("train", train), ("test", test)):
+        labels = [index * 7 % {"CIFAR10": 10, "CIFAR100": 100}[name] for index in range(count)]
+        drawn[split] = [(label, rng.integers(0, 256, 3072, dtype=np.uint8).tobytes()) for label in labels]
+        # the coarse label is one that the fine one never is
+        heads = [bytes([label]) if name == "CIFAR10" else bytes([(label + 1) % 20, label]) for label in labels]
+        records = [head + planes for head, (_, planes) in zip(heads, drawn[split])]
+        parts = {f"{split}.bin": records}
+        if name == "CIFAR10":
+            cuts = [0, 1, 4, 6, 9, count]
+            batches = {f"data_batch_{i + 1}.bin": records[cuts[i] : cuts[i + 1]] for i in range(5)}
+            parts = batches if split == "train" else {"test_batch.bin": records}
+        for file, content in parts.items():
+            (folder / file).write_bytes(b"".join(content))
+    return drawn
 
 
 def words(**options):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import KW, free_port, launch, make_image_folder, quick, read_log
+from helpers import KW, METHODS, free_port, launch, make_image_folder, quick, read_log
 
 import main
 from checkpoints import read
@@ -28,7 +28,9 @@ def folder(tmp_path_factory):
 
 
 def run_options(folder, **options):
-    model = {"model": "kw_test_resnet", **KW, "temp_epoch": 3}
+    model = {"model": "kw_test_resnet", "temp_epoch": 3}
+    if options.get("model", "kw_test_resnet") == "kw_test_resnet":
+        model |= KW
     return quick(**{"data_set": "IMNET", "data_path": folder, "input_size": 32, "batch_size": 4, **model, **options})
 
 
@@ -148,6 +150,20 @@ def test_launcher_environments():
 )
 def test_slurm_host_lists(hosts, first):
     assert first_host(hosts) == first
+
+
+@pytest.mark.parametrize(
+    "method", [name if name == "kr" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "kw"]
+)
+def test_every_method_in_two_processes(method, folder, tmp_path):
+    """Trained through torchrun, evaluated by one process: the same numbers."""
+    options = {**METHODS[method], "temp_epoch": 1, "epochs": 1, "update_freq": 2}
+    done = launch(run_options(folder, **options, output_dir=tmp_path), "torchrun", processes=2)
+    assert done.returncode == 0, done.stderr
+    logged = read_log(tmp_path)[-1]
+    done = launch(run_options(folder, **options, eval=True, resume=tmp_path / "checkpoint-0.pth"))
+    assert done.returncode == 0, done.stderr
+    assert accuracy(done.stdout) == [tuple(round(logged[f"test_{name}"], 3) for name in ("acc1", "acc5", "loss"))]
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def test_layer_decay_knows_other_families(name):
     assert scale[head] == 1.0 and scale[stem] == min(scale.values()) and len(set(scale.values())) >= 5
 
 
-@pytest.mark.parametrize("opt", ["adamw", "sgd"])
+@pytest.mark.parametrize("opt", ["adamw", "adam", "sgd"])
 def test_optimizer_is_torch_s_plain_one(opt):
     """The fused optimizer over groups does what the plain one does."""
     torch.manual_seed(0)
@@ -121,7 +121,8 @@ def test_optimizer_is_torch_s_plain_one(opt):
     if opt == "sgd":
         theirs = torch.optim.SGD(plain, lr=0.1, momentum=0.8)
     else:
-        theirs = torch.optim.AdamW(plain, lr=0.1, betas=(0.8, 0.9), eps=1e-8)
+        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[opt]
+        theirs = kind(plain, lr=0.1, betas=(0.8, 0.9), eps=1e-8)
     for step in range(4):
         inputs = torch.randn(6, 5, generator=torch.Generator().manual_seed(step)).double()
         for model, optimizer in zip(models, (ours, theirs)):
@@ -132,7 +133,7 @@ def test_optimizer_is_torch_s_plain_one(opt):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("opt", ["adamw", "sgd"])
+@pytest.mark.parametrize("opt", ["adamw", "adam", "sgd"])
 def test_update_is_skipped_by_a_flag(opt):
     """What lets a GPU skip a bad update without the host knowing; also the very first one."""
     torch.manual_seed(0)

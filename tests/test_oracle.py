@@ -1,7 +1,8 @@
 """The released models, computed by the released implementation, against ours: every number of them.
 
-tests/data/kernelwarehouse.json.gz holds, for each of the 20 released configs, the keys and shapes of its state dict,
-and loss, logits and gradient norms in float64 for weights that `fill.py` makes from the keys.
+tests/data/*.json.gz hold, for each of the 20 released configs of KernelWarehouse and 10 released models of ODConv, the
+keys and shapes of its state dict, and loss, logits and gradient norms in float64 for weights that `fill.py` makes from
+the keys.
 """
 
 import functools
@@ -22,9 +23,18 @@ from models.weights import released_keys
 
 # those in Triton do not compute in float64
 ORDERS = [order for order in registry.ORDERS if not order.startswith("triton")]
-DATA = json.loads(gzip.decompress((Path(__file__).parent / "data/kernelwarehouse.json.gz").read_bytes()))
+
+
+def recorded(name):
+    return json.loads(gzip.decompress((Path(__file__).parent / f"data/{name}.json.gz").read_bytes()))
+
+
+KW, OD = recorded("kernelwarehouse"), recorded("odconv")
+for record in OD.values():
+    record["config"] = {key: record[key] for key in ("model", "kernel_num", "reduction")}
+DATA = {**KW, **OD}
 # the largest one last
-DYNAMIC = sorted((name for name in DATA if name.startswith("kw")), key=lambda name: DATA[name]["params"])
+DYNAMIC = sorted((name for name in KW if name.startswith("kw")), key=lambda name: KW[name]["params"])
 SMALL = ["kw1x_resnet18", "kw1d2x_resnet18", "kw1d2x_mobilenetv2_050", "kw1x_mobilenetv2_050"]
 
 
@@ -49,6 +59,13 @@ def loaded_model(name):
     return model, {key: value.clone() for key, value in model.state_dict().items()}
 
 
+def logits_of(model, state, x):
+    """Logits in train mode, and then in eval mode with the statistics of that pass."""
+    model.load_state_dict(state)
+    with torch.no_grad():
+        return model.train()(x), model.eval()(x)
+
+
 def compare(name, temperature, order=None):
     record = DATA[name]
     model, state = loaded_model(name)
@@ -68,9 +85,10 @@ def compare(name, temperature, order=None):
     spread = logits.detach().std()
     assert (logits[:, :8] - torch.tensor(expected["logits"])).abs().max() <= NETWORK * spread
     assert abs(loss - expected["loss"]) <= NETWORK * spread
-    expected_eval = record["eval"][temperature]
-    difference = (evaluated[:, :8] - torch.tensor(expected_eval["logits"])).abs().max()
-    assert difference <= NETWORK * expected_eval["std"]
+    if temperature in record["eval"]:
+        expected_eval = record["eval"][temperature]
+        difference = (evaluated[:, :8] - torch.tensor(expected_eval["logits"])).abs().max()
+        assert difference <= NETWORK * expected_eval["std"]
 
     parameters = dict(model.named_parameters())
     norms = expected["grad_norm"]
@@ -94,6 +112,42 @@ def last_temperature(name):
 @pytest.mark.parametrize("name", DATA)
 def test_released_model(name):
     compare(name, last_temperature(name))
+
+
+# at T = 1, on four noise images, rounding grows by 1e9 and more in these (asserted below)
+UNSTABLE = ["od_resnet101_1x", *(name for name in OD if "mobilenetv2" in name)]
+
+
+@pytest.mark.parametrize("name", [name for name in OD if name not in UNSTABLE])
+def test_last_temperature_of_odconv(name):
+    """The one that released models are evaluated at."""
+    compare(name, "1.0")
+
+
+@pytest.mark.parametrize("name", UNSTABLE)
+def test_last_temperature_of_unstable_odconv(name):
+    """They agree as far as a network agrees with itself when its input is rounded differently."""
+    record = DATA[name]
+    model, state = loaded_model(name)
+    set_temperature(model, 1.0)
+    x = fill.make_input(record["input"], record["seed"]).double()
+    ours = logits_of(model, state, x)
+    rounded = logits_of(model, state, x * (1 + 1e-15))
+    unstable = False
+    for mode, logits, other in zip(("train", "eval"), ours, rounded):
+        if "1.0" in record[mode]:
+            spread, own = logits.std(), (logits - other).abs().max()
+            unstable |= bool(own > 0.1 * NETWORK * spread)
+            expected = torch.tensor(record[mode]["1.0"]["logits"])
+            assert (logits[:, :8] - expected).abs().max() <= NETWORK * spread + 4 * own, mode
+    assert unstable, f"{name} is stable: compare it strictly"
+
+
+@pytest.mark.parametrize("name", [name for name in OD if "resnet" in name])
+def test_keys_and_shapes_of_odconv(name):
+    """timm names the layers of ResNets as the released code does; MobileNetV2's are renamed."""
+    state = build_model(DATA[name]["config"]).state_dict()
+    assert {key: list(value.shape) for key, value in state.items()} == DATA[name]["keys"]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -126,7 +180,9 @@ def test_every_temperature(order, name):
         compare(name, temperature, order)
 
 
-@pytest.mark.parametrize("name", ["kw1x_resnet18", "kw1d2x_mobilenetv2_050", "kw1x_convnext_tiny"])
+@pytest.mark.parametrize(
+    "name", ["kw1x_resnet18", "kw1d2x_mobilenetv2_050", "kw1x_convnext_tiny", "od_mobilenetv2_050_1x"]
+)
 @pytest.mark.parametrize("wrapper", ["module", "state_dict", "bare", "parallel", "file"])
 def test_forms_of_a_checkpoint(name, wrapper, tmp_path):
     state = released_state(DATA[name])

@@ -3,13 +3,15 @@
 Shapes: x is [B, C, *S] (KWLinear: [B, ..., C]), alpha [B, m, n], cells [n, co, ci, *k]; see `warehouse.py`.
 """
 
-import warnings
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..ops import mixture_conv
+from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, global_pool
+from .odconv import ODHeads, check_choice, check_temperature
 from .warehouse import Warehouse
 
 ATTENTION_FUNCTIONS = ("caf", "softmax", "sigmoid", "relu")
@@ -47,12 +49,14 @@ class KWAttention(nn.Module):
             )
         if norm not in ("batch", "layer"):
             raise ValueError(f"unknown norm '{norm}' of the attention, choose 'batch' or 'layer'")
+        if not 0 < reduction <= 1:
+            raise ValueError(f"reduction {reduction} of the attention is not in (0, 1]")
         kwargs = {"device": device, "dtype": dtype}
         self.m, self.n = beta.shape[0], beta.shape[1] - 1
         self.own_cells, self.attention_function = own_cells, attention_function
         hidden = max(int(in_channels * reduction), 16)
         self.fc1 = nn.Linear(in_channels, hidden, bias=norm == "layer", **kwargs)
-        self.norm1 = (nn.BatchNorm1d if norm == "batch" else nn.LayerNorm)(hidden, **kwargs)
+        self.norm1 = (AttentionNorm if norm == "batch" else nn.LayerNorm)(hidden, **kwargs)
         # without sharing: the two cells [m, 2] of every mixture
         own = None if cell_sharing else self._own_cell_of_each(device)
         self.register_buffer("only", own, persistent=False)
@@ -89,14 +93,16 @@ class KWAttention(nn.Module):
             elif name != "norm1.weight":
                 nn.init.zeros_(parameter)
 
+    def hidden(self, pooled):
+        """[B, H] of pooled inputs [B, C]."""
+        return F.relu(self.norm1(self.fc1(pooled)))
+
     def logits(self, pooled):
         """z [B, m, n + 1] of pooled inputs [B, C]."""
-        hidden = self.fc1(pooled)
-        if self.norm1.training and pooled.shape[0] == 1 and type(self.norm1) is nn.BatchNorm1d:
-            hidden = self._normalise_single(hidden)
-        else:
-            hidden = self.norm1(hidden)
-        z = self.fc2(F.relu(hidden))
+        return self._logits(self.hidden(pooled))
+
+    def _logits(self, hidden):
+        z = self.fc2(hidden)
         if self.basis:
             first, last = self.own_cells
             own, basis, zero = z.view(-1, self.m, z.shape[1] // self.m).split([last - first, self.basis, 1], dim=2)
@@ -110,19 +116,13 @@ class KWAttention(nn.Module):
             return z.new_full((len(z), self.m, self.n + 1), fill).scatter(2, self.only.expand_as(z), z)
         return z.view(-1, self.m, self.n + 1)
 
-    def _normalise_single(self, hidden):
-        """The norm's running statistics, since the statistics of a single sample are degenerate."""
-        if not torch.compiler.is_compiling():
-            warnings.warn(
-                "a batch of one sample in train mode: the attention's BatchNorm uses its running statistics",
-                stacklevel=2,
-            )
-        norm = self.norm1
-        return F.batch_norm(hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
-
     def forward(self, pooled):
         """alpha [B, m, n] of pooled inputs [B, C]."""
-        z = self.logits(pooled)
+        return self.attend(self.hidden(pooled))
+
+    def attend(self, hidden):
+        """alpha [B, m, n] of hidden vectors [B, H]."""
+        z = self._logits(hidden)
         if self.attention_function == "softmax":
             alpha = z.softmax(dim=2)
         elif self.attention_function == "sigmoid":
@@ -139,35 +139,25 @@ class KWAttention(nn.Module):
         return f"m={self.m}, n={self.n}, attention_function={self.attention_function}"
 
 
-class _KWLayer(nn.Module):
-    """What convolutions and linear layers share: a warehouse, an attention, a bias."""
+class _KWLayer:
+    """A kernel mixed from the cells of a warehouse."""
 
     def _setup(
-        self,
-        in_channels,
-        kernel_shape,
-        bias,
-        warehouse,
-        layer,
-        device,
-        dtype,
-        *,
-        attention_init="one-to-one",
-        **attention,
+        self, device, dtype, bias, *, warehouse=None, layer="", attention_init="one-to-one", attentions=(), **attention
     ):
         if warehouse is None:
-            warehouse = Warehouse({"": kernel_shape}, device=device, dtype=dtype)
+            warehouse = Warehouse({"": self.kernel_shape}, device=device, dtype=dtype)
             self.own_warehouse, layer = warehouse, ""
-        if warehouse.kernels.get(layer) != tuple(kernel_shape):
+        if warehouse.kernels.get(layer) != self.kernel_shape:
             raise ValueError(
                 f"warehouse '{warehouse.name}' was made for {warehouse.kernels}, not for a layer '{layer}' with a "
-                f"kernel of {list(kernel_shape)}; name that layer and its kernel when making the warehouse"
+                f"kernel of {list(self.kernel_shape)}; name that layer and its kernel when making the warehouse"
             )
         # a shared warehouse is registered at the root of the model, and nowhere else
         object.__setattr__(self, "_warehouse", warehouse)
         self.layer = layer
         self.attention = KWAttention(
-            in_channels,
+            self.in_channels,
             warehouse.initial_attention(layer, attention_init),
             warehouse.own_cells(layer),
             use_temperature=attention_init != "none",
@@ -175,7 +165,18 @@ class _KWLayer(nn.Module):
             dtype=dtype,
             **attention,
         )
-        self.bias = nn.Parameter(torch.zeros(kernel_shape[0], device=device, dtype=dtype)) if bias else None
+        self.heads = self._make_heads(attentions, device, dtype) if attentions else None
+        self.bias = nn.Parameter(torch.zeros(self.out_channels, device=device, dtype=dtype)) if bias else None
+
+    def _make_heads(self, attentions, device, dtype):
+        """KW* (Table 17): ODConv's attentions along the other dimensions, from the same hidden vector."""
+        check_choice("attentions of KW*", attentions, ("spatial", "channel", "filter"))
+        taps, window = math.prod(self.kernel_size), math.prod(self._warehouse.cells.shape[3:])
+        if "spatial" in attentions and window > 1:
+            raise ValueError(f"layer '{self.layer}': the spatial attention needs spatial_partition, cells of one tap")
+        sizes = self.attention.fc1.out_features, self.in_channels, self.out_channels, taps, self.groups, 1
+        # the paper's 12.51 M parameters of MobileNetV2 take a filter attention of depth-wise kernels, too
+        return ODHeads(*sizes, attentions=attentions, depthwise_filter=True, device=device, dtype=dtype)
 
     @property
     def warehouse(self):
@@ -184,145 +185,79 @@ class _KWLayer(nn.Module):
 
     def set_temperature(self, temperature):
         """tau of equation 4, from 1 (each mixture is its own cell) to 0 (attention alone)."""
+        check_temperature(temperature, "caf")
         self.attention.temperature.fill_(temperature)
 
+    temperatures = (1.0, 0.0)
 
-def _pool(x, dim):
-    """Mean over positions.  The gradient of a sum is a view where that of a mean is a tensor as large as x."""
-    if x.dtype == torch.float16:
-        # the sum could overflow
-        return x.mean(dim)
-    return x.sum(dim) / x.shape[dim]
+    @torch.no_grad()
+    def keep_weight(self, weight):
+        """Write a static kernel [O, I, *k] into the cells that this layer's mixtures own."""
+        cells = self._warehouse.cells
+        c_out, c_in, *window = cells.shape[1:]
+        weight = weight.reshape(self.kernel_shape) * (self.heads.reset_to_constants() if self.heads else 1.0)
+        g_out, g_in = weight.shape[0] // c_out, weight.shape[1] // c_in
+        weight = weight.reshape(g_out, c_out, g_in, c_in, -1, *window)
+        weight = weight.permute(4, 0, 2, 1, 3, *range(5, weight.ndim)).reshape(-1, *cells.shape[1:])
+        cells[torch.tensor(self._warehouse.assignments[self.layer], device=cells.device)] = weight
 
+    def mixing_cost(self, positions):
+        """m x n x cell (n = 1 without sharing); in KW* also the product of its other attentions, times the kernel."""
+        cells = self._warehouse.cells
+        cost = self.attention.m * (cells if self.attention.only is None else cells[0]).numel()
+        if self.heads:
+            cost += self.heads.product_cost(self.kernel_shape, self.groups) + math.prod(self.kernel_shape)
+        return cost
 
-def _tuple(value, dims, what):
-    value = (value,) * dims if isinstance(value, int) else tuple(value)
-    if len(value) != dims:
-        raise ValueError(f"{what} {value} needs {dims} numbers")
-    return value
-
-
-class _KWConvNd(_KWLayer):
-    dims = None
-
-    def __init__(
-        self,
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
-        groups=1,
-        bias=True,
-        *,
-        warehouse=None,
-        layer="",
-        device=None,
-        dtype=None,
-        **attention,
-    ):
-        super().__init__()
-        if in_channels % groups or out_channels % groups:
-            raise ValueError(f"groups {groups} must divide in_channels {in_channels} and out_channels {out_channels}")
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = _tuple(kernel_size, self.dims, "kernel_size")
-        self.stride, self.dilation = _tuple(stride, self.dims, "stride"), _tuple(dilation, self.dims, "dilation")
-        if padding == "valid":
-            padding = 0
-        elif padding == "same":
-            sizes = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            if any(s != 1 for s in self.stride) or any(size % 2 for size in sizes):
-                raise ValueError("padding 'same' needs stride 1 and odd kernels; give the padding in numbers")
-            padding = [size // 2 for size in sizes]
-        self.padding = _tuple(padding, self.dims, "padding")
-        shape = (out_channels, in_channels // groups, *self.kernel_size)
-        self._setup(in_channels, shape, bias, warehouse, layer, device, dtype, **attention)
-
-    def forward(self, x):
-        alpha = self.attention(_pool(x.flatten(2), dim=2))
-        y = mixture_conv(
-            x,
-            alpha,
-            self._warehouse.cells,
-            self.kernel_size,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-        )
+    def convolve(self, x):
+        hidden = self.attention.hidden(global_pool(x))
+        alpha, heads = self.attention.attend(hidden), self.heads.attend(hidden) if self.heads else {}
+        ones = [1] * len(self.kernel_size)
+        if "spatial" in heads:
+            # mixtures go position after position
+            spatial = heads["spatial"].transpose(1, 2).unsqueeze(3)
+            alpha = (alpha.unflatten(1, (spatial.shape[1], -1)) * spatial).flatten(1, 2)
+        if "channel" in heads:
+            x = x * heads["channel"].reshape(*x.shape[:2], *ones)
+        bias = None if "filter" in heads else self.bias
+        y = mixture_conv(x, alpha, self._warehouse.cells, self.kernel_size, bias, *self._geometry())
+        if "filter" in heads:
+            y = y * heads["filter"].reshape(*y.shape[:2], *ones)
+            y = y if self.bias is None else y + self.bias.reshape(-1, *ones).to(y.dtype)
         return y
 
-    def extra_repr(self):
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        for name, default in (("padding", 0), ("dilation", 1), ("groups", 1)):
-            if getattr(self, name) not in (default, (default,) * self.dims):
-                text += f", {name}={getattr(self, name)}"
-        return f"{text}, bias={self.bias is not None}, warehouse={self._warehouse.name}"
+    def method_repr(self):
+        return f"warehouse={self._warehouse.name}"
 
 
-class KWConv1d(_KWConvNd):
+class KWConv1d(_KWLayer, Conv1d):
     """`nn.Conv1d` whose kernel is mixed per sample from a warehouse: [B, C_in, L] -> [B, C_out, L'].
 
     warehouse: a `Warehouse` that was made for a kernel [C_out, C_in / groups, *K] named `layer`, registered by the
     caller (once, at the root of the model); None gives the layer one of its own.  attention: `attention_init` (see
-    `Warehouse.initial_attention`), and of `KWAttention` reduction, norm, attention_function, nonlocal_basis_ratio and
-    cell_sharing.  Raises ValueError for sizes that do not fit.
+    `Warehouse.initial_attention`), `attentions` (KW*: any of ODConv's "spatial", "channel", "filter"), and of
+    `KWAttention` reduction, norm, attention_function, nonlocal_basis_ratio and cell_sharing.  Raises ValueError for
+    sizes that do not fit.
     """
 
-    dims = 1
 
-
-class KWConv2d(_KWConvNd):
+class KWConv2d(_KWLayer, Conv2d):
     """`nn.Conv2d` whose kernel is mixed per sample from a warehouse: [B, C_in, H, W] -> [B, C_out, H', W'].
 
     Arguments and errors as for `KWConv1d`.
     """
 
-    dims = 2
 
-
-class KWConv3d(_KWConvNd):
+class KWConv3d(_KWLayer, Conv3d):
     """`nn.Conv3d` whose kernel is mixed per sample from a warehouse: [B, C_in, D, H, W] -> [B, C_out, D', H', W'].
 
     Arguments and errors as for `KWConv1d`.
     """
 
-    dims = 3
 
-
-class KWLinear(_KWLayer):
+class KWLinear(_KWLayer, Linear):
     """`nn.Linear` whose matrix is mixed per sample from a warehouse: [B, ..., C_in] -> [B, ..., C_out].
 
     The attention pools over all dimensions between the first and the last.  Its kernel is [C_out, C_in, 1].
     The other arguments and errors are those of `KWConv1d`.
     """
-
-    def __init__(
-        self,
-        in_features,
-        out_features,
-        bias=True,
-        *,
-        warehouse=None,
-        layer="",
-        device=None,
-        dtype=None,
-        **attention,
-    ):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        shape = (out_features, in_features, 1)
-        self._setup(in_features, shape, bias, warehouse, layer, device, dtype, **attention)
-
-    def forward(self, x):
-        tokens = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
-        alpha = self.attention(_pool(tokens, dim=1))
-        y = mixture_conv(tokens.transpose(1, 2), alpha, self._warehouse.cells, (1,), self.bias)
-        return y.transpose(1, 2).reshape(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self):
-        return (
-            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, warehouse={self._warehouse.name}"
-        )

@@ -45,7 +45,9 @@ def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, d
         [v] * dims if isinstance(v, int) else list(v) for v in (kernel_size, stride, padding, dilation)
     )
     _check(x, alpha, cells, kernel_size, groups)
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    # tensors without data, as in counting, have no autocast
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if dtype != torch.float64 and x.dtype == torch.float64:
         dtype = x.dtype
     x, alpha, bias = x.to(dtype), alpha.to(dtype), bias if bias is None else bias.to(dtype)

@@ -1,7 +1,8 @@
 """The mixture convolution, written as its definition.  Every fast order is tested against this one."""
 
 import torch
-import torch.nn.functional as F
+
+from .sample_conv import grouped_sample_conv
 
 
 def mixture_conv_naive(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -10,9 +11,8 @@ def mixture_conv_naive(x, alpha, cells, kernel_size, bias=None, stride=1, paddin
     Arguments and result are those of `models.ops.mixture_conv`.  The kernel of a sample is cut into
     m = S * Go * Gi cells (positions, output blocks, input blocks, in this order); cell i is sum_j alpha[i, j] cells[j].
     """
-    (batch, c_in), spatial = x.shape[:2], x.shape[2:]
+    batch, c_in = x.shape[:2]
     n, c_out_cell, c_in_cell, *k_cell = cells.shape
-    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(spatial)]
 
     g_in = c_in // groups // c_in_cell
     g_space = 1
@@ -24,9 +24,5 @@ def mixture_conv_naive(x, alpha, cells, kernel_size, bias=None, stride=1, paddin
     kernels = kernels.reshape(batch, g_space, g_out, g_in, c_out_cell, c_in_cell, *k_cell)
     # -> [B, Go, co, Gi, ci, S, *k]: the layout of a convolution's weight
     kernels = kernels.permute(0, 2, 4, 3, 5, 1, *range(6, 6 + len(k_cell)))
-    kernels = kernels.reshape(batch * g_out * c_out_cell, c_in // groups, *kernel_size)
-
-    # a grouped convolution over the batch gives every sample its own kernel
-    y = conv(x.reshape(1, batch * c_in, *spatial), kernels, None, stride, padding, dilation, batch * groups)
-    y = y.reshape(batch, g_out * c_out_cell, *y.shape[2:])
-    return y if bias is None else y + bias.reshape(1, -1, *[1] * len(spatial))
+    kernels = kernels.reshape(batch, g_out * c_out_cell, c_in // groups, *kernel_size)
+    return grouped_sample_conv(x, kernels, bias, stride, padding, dilation, groups)

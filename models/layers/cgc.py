@@ -1,0 +1,106 @@
+"""Context-gated convolution (CGC; Lin et al., ECCV 2020): gates to all weights of a kernel, from the global context.
+
+Shapes: x is [B, C, *S], a kernel [O, I, *k] with I = C / groups; T is the number of its taps, the product of k, and D
+the size of the latent context of a channel.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops import sample_conv
+from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, reset_linear
+
+POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+def interaction_groups(in_channels, out_channels, size=16):
+    """Number of groups of at least `size` input channels, as many as divide the channels on both sides."""
+    most = max(in_channels // size, 1)
+    return max(n for n in range(1, most + 1) if in_channels % n == 0 and out_channels % n == 0)
+
+
+class ContextGate(nn.Module):
+    """x [B, C, *S] -> the logits of the gates of input channels [B, C, T] and of output channels [B, O, T].
+
+    Context encoding: every channel, pooled to the size of the kernel, through one linear layer to D numbers, norm and
+    ReLU.  Channel interacting: groups of 16 input channels through one linear layer to output channels, the same for
+    all groups, norm and ReLU.  Gate decoding: a linear layer from D to T for either side (section 3).  The two sides
+    have norms of their own; no linear layer has a bias.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, *, device, dtype):
+        super().__init__()
+        kwargs = {"device": device, "dtype": dtype}
+        self.kernel_size, taps = kernel_size, math.prod(kernel_size)
+        latent, self.groups = taps // 2 + 1, interaction_groups(in_channels, out_channels)
+        self.encode = nn.Linear(taps, latent, bias=False, **kwargs)
+        self.in_norm = AttentionNorm(in_channels, **kwargs)
+        self.in_decode = nn.Linear(latent, taps, bias=False, **kwargs)
+        self.context_norm = AttentionNorm(in_channels, **kwargs)
+        self.interact = nn.Linear(in_channels // self.groups, out_channels // self.groups, bias=False, **kwargs)
+        self.out_norm = AttentionNorm(out_channels, **kwargs)
+        self.out_decode = nn.Linear(latent, taps, bias=False, **kwargs)
+        reset_linear(self)
+
+    def forward(self, x):
+        context = self.encode(POOLS[x.ndim - 2](x, self.kernel_size).flatten(2))
+        into = self.in_decode(F.relu(self.in_norm(context)))
+        groups = F.relu(self.context_norm(context)).unflatten(1, (self.groups, -1))
+        mixed = self.interact(groups.transpose(2, 3)).transpose(2, 3).flatten(1, 2)
+        return into, self.out_decode(F.relu(self.out_norm(mixed)))
+
+
+class _CGCLayer:
+    def _setup(self, device, dtype, bias):
+        if math.prod(self.kernel_size) == 1:
+            raise ValueError("kernel_size 1: the context gates kernels of several positions; leave such layers static")
+        kwargs = {"device": device, "dtype": dtype}
+        self.attention = ContextGate(self.in_channels, self.out_channels, self.kernel_size, **kwargs)
+        self.weight = nn.Parameter(torch.empty(self.kernel_shape, **kwargs))
+        self.bias = nn.Parameter(torch.zeros(self.out_channels, **kwargs)) if bias else None
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+    @torch.no_grad()
+    def keep_weight(self, weight):
+        """Computes what the static kernel [O, I, *k] does: all gates are those of zero logits, one half."""
+        self.weight.copy_(weight.reshape(self.kernel_shape) * 2)
+        self.attention.in_decode.weight.zero_()
+        self.attention.out_decode.weight.zero_()
+
+    def mixing_cost(self, positions):
+        """The kernel times its gates."""
+        return self.weight.numel()
+
+    def convolve(self, x):
+        into, out = (logits.unflatten(1, (self.groups, -1)) for logits in self.attention(x))
+        # [B, groups, O / groups, I, T]
+        gates = (into.unsqueeze(2) + out.unsqueeze(3)).sigmoid()
+        kernels = self.weight * gates.reshape(-1, *self.kernel_shape)
+        return sample_conv(x, kernels, self.bias, *self._geometry())
+
+    def method_repr(self):
+        return f"interaction_groups={self.attention.groups}"
+
+
+class CGCConv1d(_CGCLayer, Conv1d):
+    """`nn.Conv1d` with gates to its weights from the global context: [B, C_in, L] -> [B, C_out, L'] (section 3).
+
+    Raises ValueError for kernels of one position.
+    """
+
+
+class CGCConv2d(_CGCLayer, Conv2d):
+    """`nn.Conv2d` with gates to its weights from the global context: [B, C_in, H, W] -> [B, C_out, H', W'].
+
+    Raises ValueError for kernels of one position.
+    """
+
+
+class CGCConv3d(_CGCLayer, Conv3d):
+    """`nn.Conv3d` with gates to its weights from the global context: [B, C_in, D, H, W] -> [B, C_out, D', H', W'].
+
+    Raises ValueError for kernels of one position.
+    """

@@ -1,0 +1,85 @@
+"""Conditionally parameterized convolution (CondConv; Yang et al., NeurIPS 2019): K kernels, weighted by a routing."""
+
+import torch
+from torch import nn
+
+from ..ops import mixture_conv
+from .base import Conv1d, Conv2d, Conv3d, Linear, global_pool
+from .relay import Relay
+
+
+class CondRouting(nn.Linear):
+    """Routing weights alpha [B, K] of pooled inputs [B, C]: sigmoid of a linear layer."""
+
+    def forward(self, pooled):
+        return super().forward(pooled).sigmoid()
+
+
+class _CondLayer:
+    def _setup(self, device, dtype, bias, *, kernel_num=8, relay=None, layer=""):
+        if kernel_num < 1:
+            raise ValueError(f"kernel_num {kernel_num} is below 1")
+        kwargs = {"device": device, "dtype": dtype}
+        self.kernel_num, self.layer = kernel_num, layer
+        # layers of a block share the routing of its first layer, which sees the block's input
+        object.__setattr__(self, "_relay", relay or Relay([layer]))
+        self.leads = self._relay.layers[0] == layer
+        self.routing = CondRouting(self.in_channels, kernel_num, **kwargs) if self.leads else None
+        self.weight = nn.Parameter(torch.empty(kernel_num, *self.kernel_shape, **kwargs))
+        self.bias = nn.Parameter(torch.zeros(self.out_channels, **kwargs)) if bias else None
+        for kernel in self.weight:
+            nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
+
+    @torch.no_grad()
+    def keep_weight(self, weight):
+        """Compute what a static kernel [O, I, *k] does: the routing starts as a constant."""
+        if self.leads:
+            self.routing.weight.zero_()
+            self.routing.bias.zero_()
+        self.weight.copy_(weight.reshape(self.kernel_shape) * (2.0 / self.kernel_num))
+
+    @property
+    def pools(self):
+        return self.leads
+
+    def mixing_cost(self, positions):
+        return self.weight.numel()
+
+    def convolve(self, x):
+        if self.leads:
+            self._relay.start(self.routing(global_pool(x)))
+        alpha = self._relay.take(self.layer)
+        self._relay.hand_on(alpha)
+        return mixture_conv(x, alpha.unsqueeze(1), self.weight, self.kernel_size, self.bias, *self._geometry())
+
+    def method_repr(self):
+        return f"kernel_num={self.kernel_num}" + ("" if self.leads else f", routing of {self._relay.layers[0]}")
+
+
+class CondConv1d(_CondLayer, Conv1d):
+    """`nn.Conv1d` with K kernels that a routing adds up: [B, C_in, L] -> [B, C_out, L'].
+
+    kernel_num: K.  relay, layer: the layers that share a routing, and this one's name among them; the first of them
+    computes it.  Without them the layer has a routing of its own.  Raises ValueError for settings that do not fit.
+    """
+
+
+class CondConv2d(_CondLayer, Conv2d):
+    """`nn.Conv2d` with K kernels that a routing adds up: [B, C_in, H, W] -> [B, C_out, H', W'].
+
+    Arguments and errors as for `CondConv1d`.
+    """
+
+
+class CondConv3d(_CondLayer, Conv3d):
+    """`nn.Conv3d` with K kernels that a routing adds up: [B, C_in, D, H, W] -> [B, C_out, D', H', W'].
+
+    Arguments and errors as for `CondConv1d`.
+    """
+
+
+class CondLinear(_CondLayer, Linear):
+    """`nn.Linear` with K matrices that a routing adds up: [B, ..., C_in] -> [B, ..., C_out].
+
+    Arguments and errors as for `CondConv1d`.
+    """

@@ -1,0 +1,139 @@
+"""Dynamic convolution decomposition (DCD; Li et al., ICLR 2021): channels fused in a small space, by the input.
+
+Beside the static convolution W0 a dynamic residual of low rank: W(x) = Lambda(x) W0 + P Phi(x) Q^T, where Lambda scales
+the output channels, Q^T maps the input to L channels, Phi [L, L] fuses them, and P maps them to the output.
+
+Shapes: x is [B, C, *S] and S' the size of the output; L is the rank, H the width of the squeezed input.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .base import Conv1d, Conv2d, Conv3d, Linear, MapNorm, conv, global_pool, reset_linear
+
+POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+def hard_sigmoid(x):
+    """relu6(x + 3) / 3: between 0 and 2, and 1 at 0."""
+    return F.relu6(x + 3) / 3
+
+
+def inverted_bottleneck_sizes(in_channels, out_channels):
+    """pool and rank of the 1x1 convolutions of MobileNetV2: expanding ones see a 2x2 map of their input."""
+    pool, reduction = (2, 8) if in_channels < out_channels else (1, 2)
+    inputs = in_channels * pool**2
+    while (min(inputs, out_channels) // reduction) ** 2 > 2 * inputs:
+        reduction *= 2
+    return {"pool": pool, "rank": max(min(inputs, out_channels) // reduction, 4)}
+
+
+class DCDBranch(nn.Module):
+    """Pooled input [B, N] -> Phi [B, L, L] and the scale of the output channels, [B, O].
+
+    A linear layer to H, gated by itself, and a linear layer for each of the two; none has a bias.
+    """
+
+    def __init__(self, inputs, out_channels, rank, hidden, *, device, dtype):
+        super().__init__()
+        kwargs = {"bias": False, "device": device, "dtype": dtype}
+        self.rank = rank
+        self.fc = nn.Linear(inputs, hidden, **kwargs)
+        self.gate_fc = nn.Linear(hidden, hidden, **kwargs)
+        self.phi_fc = nn.Linear(hidden, rank**2, **kwargs)
+        self.scale_fc = nn.Linear(hidden, out_channels, **kwargs)
+        reset_linear(self)
+
+    def forward(self, pooled):
+        z = self.fc(pooled)
+        z = z * hard_sigmoid(self.gate_fc(z))
+        return self.phi_fc(z).unflatten(1, (self.rank, self.rank)), hard_sigmoid(self.scale_fc(z))
+
+
+class _DCDLayer:
+    def _setup(self, device, dtype, bias, *, rank=None, pool=1, reduction=1 / 16, hidden=None):
+        dims = len(self.kernel_size)
+        inputs = self.in_channels * pool**dims if pool >= 1 else 1
+        rank = int(inputs**0.5) if rank is None else rank
+        if self.groups != 1:
+            raise ValueError(f"groups {self.groups}: channels are fused across all of them; leave such layers static")
+        if not 0 < reduction <= 1:
+            raise ValueError(f"reduction {reduction} is not in (0, 1]")
+        hidden = max(int(max(inputs, rank**2) * reduction), 4) if hidden is None else hidden
+        for name, value in (("pool", pool), ("rank", rank), ("hidden", hidden)):
+            if value < 1:
+                raise ValueError(f"{name} {value} is below 1")
+        kwargs = {"device": device, "dtype": dtype}
+        self.rank, self.pool = rank, pool
+        self.attention = DCDBranch(inputs, self.out_channels, rank, hidden, **kwargs)
+        self.weight = nn.Parameter(torch.empty(self.kernel_shape, **kwargs))
+        self.bias = nn.Parameter(torch.zeros(self.out_channels, **kwargs)) if bias else None
+        self.q = nn.Parameter(torch.empty(rank, self.in_channels, **kwargs))
+        self.p = nn.Parameter(torch.empty(self.out_channels, rank, **kwargs))
+        self.bn1, self.bn2 = MapNorm(rank, **kwargs), MapNorm(rank, **kwargs)
+        for parameter in (self.weight, self.q, self.p):
+            nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
+
+    @torch.no_grad()
+    def keep_weight(self, weight):
+        """Computes what the static kernel [O, I, *k] does: the dynamic residual and the logits of the scale are 0."""
+        self.weight.copy_(weight.reshape(self.kernel_shape))
+        self.p.zero_()
+        self.attention.scale_fc.weight.zero_()
+
+    def _centred(self, x):
+        """x where the central taps of the kernel see it, so that 1x1 kernels of its stride give maps of its size."""
+        sizes = []
+        for p, d, k in zip(self.padding, self.dilation, self.kernel_size, strict=True):
+            first = d * ((k - 1) // 2)
+            sizes = [p - first, p - d * (k - 1) + first, *sizes]
+        return F.pad(x, sizes) if any(sizes) else x
+
+    def mixing_cost(self, positions):
+        """The dynamic branch: Q^T, Phi and P at every position, and the scale of the static one."""
+        return positions * (self.q.numel() + self.rank**2 + self.p.numel() + self.out_channels)
+
+    def convolve(self, x):
+        ones = [1] * len(self.kernel_size)
+        pooled = global_pool(x) if self.pool == 1 else POOLS[len(ones)](x, self.pool).flatten(1)
+        phi, scale = self.attention(pooled)
+        z = conv(self._centred(x), self.q.reshape(*self.q.shape, *ones), None, self.stride)
+        size, z = z.shape[2:], self.bn1(z.flatten(2))
+        z = self.bn2(phi @ z) + z
+        z = conv(z.unflatten(2, size), self.p.reshape(*self.p.shape, *ones))
+        y = conv(x, self.weight, self.bias, *self._geometry())
+        return y * scale.reshape(*scale.shape, *ones) + z
+
+    def method_repr(self):
+        return f"rank={self.rank}, pool={self.pool}"
+
+
+class DCDConv1d(_DCDLayer, Conv1d):
+    """`nn.Conv1d` as a static convolution and a dynamic residual: [B, C_in, L] -> [B, C_out, L'] (section 3).
+
+    rank: L; by default the square root of the attention's inputs.  pool: side of the map that the attention sees.
+    reduction, hidden: H over the larger of the attention's inputs and L^2, at least 4, or H itself.
+    Raises ValueError for groups other than 1 and for settings that do not fit.
+    """
+
+
+class DCDConv2d(_DCDLayer, Conv2d):
+    """`nn.Conv2d` as a static convolution and a dynamic residual: [B, C_in, H, W] -> [B, C_out, H', W'].
+
+    Arguments and errors as for `DCDConv1d`.
+    """
+
+
+class DCDConv3d(_DCDLayer, Conv3d):
+    """`nn.Conv3d` as a static convolution and a dynamic residual: [B, C_in, D, H, W] -> [B, C_out, D', H', W'].
+
+    Arguments and errors as for `DCDConv1d`.
+    """
+
+
+class DCDLinear(_DCDLayer, Linear):
+    """`nn.Linear` as a static layer and a dynamic residual: [B, ..., C_in] -> [B, ..., C_out].
+
+    Arguments and errors as for `DCDConv1d`.
+    """

@@ -1,0 +1,291 @@
+"""Kernel Representation (KR; Zhou and Ng, "Kernel Representation for Dynamic Networks").
+
+Layers tell the next ones which kernels they took.
+
+A vector d, the kernel representation, travels beside the features.  A unit (a convolution, or the layers of an MLP
+together) predicts its kernels from its input and from d, and appends to d what it predicted; the classifier sees the
+last d.  The first one comes from the image.
+
+Equation 1 writes one attention alpha per kernel.  The costs in Tables 1, 4 and 5 are those of ODConv and a little more,
+at one kernel per layer, too, where such an alpha is constant: so its layers predict all four attentions of ODConv here.
+`attentions=["kernel"]` is equation 1 to the letter.  There is no temperature, as in the paper.
+
+Shapes: x is [B, C, *S], h the mean of a unit's input [B, C], d_i its representation [B, D_i], H the hidden width, A the
+number of attentions that a unit predicts.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, global_pool
+from .odconv import ATTENTIONS, ODHeads, _ODLayer
+from .relay import Relay
+
+# section 3.3: components per colour channel and direction, and the size of d_0
+FREQUENCIES, START_SIZE = 8, 64
+
+
+class Step(NamedTuple):
+    """What a layer hands to the next one: d_i, and what the generator of the unit makes d_{i+1} from."""
+
+    given: torch.Tensor | None = None
+    fused: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+    attentions: tuple = ()
+    generator: nn.Module | None = None
+
+    def representation(self):
+        """The newest representation; it is made when it is asked for, so that nobody computes what nobody reads."""
+        return self.given if self.generator is None else self.generator(self)
+
+
+class Fusion(nn.Module):
+    """Equation 4, and the hidden layer of equation 5.
+
+    forward: h [B, C] and d [B, given] (None where given is 0) -> h~ [B, H], and ReLU of a linear layer of it [B, H].
+    """
+
+    def __init__(self, given, in_channels, hidden, **kwargs):
+        super().__init__()
+        self.given = given
+        self.fuse = nn.Linear(given + in_channels, hidden, **kwargs)
+        self.hidden = nn.Linear(hidden, hidden, **kwargs)
+
+    def forward(self, pooled, representation):
+        fused = self.fuse(pooled if representation is None else torch.cat([representation, pooled], dim=1))
+        return fused, F.relu(self.hidden(fused))
+
+
+class RepresentationGenerator(nn.Module):
+    """Equations 6 and 7, with BatchNorm: d_i, h~ and all attentions of a unit -> d_{i+1} [B, D_i + size].
+
+    norm False leaves out BatchNorm (Table 6).
+    """
+
+    def __init__(self, given, attentions, hidden, size, norm=True, **kwargs):
+        super().__init__()
+        self.out_features = given + size
+        # what follows takes a constant off (BatchNorm), or adds one itself
+        self.encode = nn.Linear(attentions, size, bias=False, **kwargs)
+        self.project = nn.Linear(hidden + size, size, bias=not norm, **kwargs)
+        self.norm = AttentionNorm(size, **kwargs) if norm else nn.Identity()
+
+    def forward(self, step):
+        encoded = self.encode(torch.cat([attention.flatten(1) for attention in step.attentions], dim=1))
+        new = self.norm(self.project(torch.cat([step.fused, encoded], dim=1)))
+        return torch.cat([step.given, new], dim=1)
+
+
+def unit_parts(
+    geometries,
+    kernel_num,
+    *,
+    reduction=1 / 8,
+    attentions=ATTENTIONS,
+    given=0,
+    generated=0,
+    norm=True,
+    device=None,
+    dtype=None,
+):
+    """The modules of a unit, one dict for every layer of it: fusion (the first's), attention, generator (the last's).
+
+    geometries: (C_in, C_out, taps, groups) of the layers, in their order.  given: D_i; generated: what the unit
+    appends; 0 for none.  Raises ValueError for settings that do not fit.
+    """
+    if not 0 < reduction <= 1:
+        raise ValueError(f"reduction {reduction} is not in (0, 1]")
+    kwargs = {"device": device, "dtype": dtype}
+    in_channels = geometries[0][0]
+    hidden = max(int(in_channels * reduction), 16)
+    heads = [ODHeads(hidden, *geometry, kernel_num, attentions=attentions, **kwargs) for geometry in geometries]
+    count = sum(head.out_features for part in heads for head in part.children())
+    if not count:
+        raise ValueError(
+            f"kernel_num {kernel_num} and attentions {', '.join(attentions)} leave no attention to predict; take more "
+            "kernels or attentions, or leave the layer out of `layers`"
+        )
+    parts = [{"fusion": None, "attention": part, "generator": None} for part in heads]
+    parts[0]["fusion"] = Fusion(given, in_channels, hidden, **kwargs)
+    if generated:
+        parts[-1]["generator"] = RepresentationGenerator(given, count, hidden, generated, norm, **kwargs)
+    return parts
+
+
+class _KRLayer(_ODLayer):
+    # no schedule: `set_temperature` of a model passes these layers by
+    set_temperature = temperatures = None
+
+    def _make_attention(self, *, parts=None, relay=None, layer="", **settings):
+        if parts is None:
+            geometry = self.in_channels, self.out_channels, self.taps, self.groups
+            parts = unit_parts([geometry], self.kernel_num, **settings)[0]
+        self.layer = layer
+        object.__setattr__(self, "_relay", relay or Relay([layer]))
+        self.fusion, self.generator = parts["fusion"], parts["generator"]
+        return parts["attention"]
+
+    @property
+    def pools(self):
+        """Whether this layer pools its input, as the first one of a unit does."""
+        return self.fusion is not None
+
+    def convolve(self, x):
+        if self.fusion is not None and not self.fusion.given:
+            self._relay.start(Step())
+        step = self._relay.take(self.layer)
+        if self.fusion is not None:
+            given = step.representation()
+            step = Step(given, *self.fusion(global_pool(x), given))
+        attentions = self.attention(step.hidden)
+        predicted = (*step.attentions, *attentions.values())
+        self._relay.hand_on(step._replace(attentions=predicted, generator=self.generator))
+        return self.modulated(x, attentions)
+
+
+class KRConv1d(_KRLayer, Conv1d):
+    """`nn.Conv1d` with kernels that depend on a kernel representation: [B, C_in, L] -> [B, C_out, L'].
+
+    kernel_num: K kernels; reduction: hidden width over C_in, at least 16 wide; attentions: of `ODHeads`.
+    parts, relay, layer: this layer's part of its unit (`unit_parts`), the layers that pass the representation on, and
+    this one's name among them.  Without them the layer is a unit of its own, that sees its input only.
+    Raises ValueError for settings that do not fit, and RuntimeError in a forward pass that calls it out of order.
+    """
+
+
+class KRConv2d(_KRLayer, Conv2d):
+    """`nn.Conv2d` with kernels that depend on a kernel representation: [B, C_in, H, W] -> [B, C_out, H', W'].
+
+    Arguments and errors as for `KRConv1d`.
+    """
+
+
+class KRConv3d(_KRLayer, Conv3d):
+    """`nn.Conv3d` with kernels that depend on a kernel representation: [B, C_in, D, H, W] -> [B, C_out, D', H', W'].
+
+    Arguments and errors as for `KRConv1d`.
+    """
+
+
+class KRLinear(_KRLayer, Linear):
+    """`nn.Linear` with weights that depend on a kernel representation: [B, ..., C_in] -> [B, ..., C_out].
+
+    Arguments and errors as for `KRConv1d`.
+    """
+
+
+class KRClassifier(nn.Linear):
+    """A linear layer of the feature and the last representation (section 3.3): [B, ..., C_in] -> [B, ..., C_out].
+
+    representation: size of the last d; relay, layer: where it comes from, and this layer's name there.
+    Raises RuntimeError in a forward pass in which the layers before did not run.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, *, representation, relay, layer, device=None, dtype=None):
+        super().__init__(in_features + representation, out_features, bias, device=device, dtype=dtype)
+        self.layer = layer
+        object.__setattr__(self, "_relay", relay)
+
+    # one layer has one method
+    is_dynamic = True
+
+    @torch.no_grad()
+    def keep_weight(self, weight):
+        """Compute what a static classifier [C_out, C_in] does, whatever the representation is."""
+        self.weight.zero_()[:, : weight.shape[1]].copy_(weight)
+
+    def forward(self, x):
+        step = self._relay.take(self.layer)
+        self._relay.hand_on(step)
+        d = step.representation()
+        d = d.reshape(len(d), *[1] * (x.ndim - 2), d.shape[-1]).expand(*x.shape[:-1], -1)
+        return super().forward(torch.cat([x, d], dim=-1))
+
+
+def _waves(size, first, like):
+    """Cosines, then sines, of 8 frequencies from `first` on, at `size` positions: [16, size]."""
+    index = torch.arange(first, first + FREQUENCIES, device=like.device)
+    # whole turns are taken off while the numbers are whole
+    turns = index.unsqueeze(1) * torch.arange(size, device=like.device) % size
+    angle = turns.to(like.dtype) * (2 * math.pi / size)
+    return torch.cat([angle.cos(), angle.sin()])
+
+
+def low_frequencies(image):
+    """Magnitudes of the 8x8 lowest components of the discrete Fourier transform of images (section 3.3).
+
+    [B, C, H, W] -> [B, 64 C], channel by channel: frequencies -4 to 3 vertically and, in each, 0 to 7 horizontally
+    (those left out of a real image's spectrum are conjugates), over H W.  Computed in float32 at least, as products
+    with two small matrices.
+    """
+    x = image.to(torch.promote_types(image.dtype, torch.float32))
+    height, width = x.shape[-2:]
+    rows, columns = _waves(height, -FREQUENCIES // 2, x), _waves(width, 0, x)
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            sums = rows @ (x @ columns.T)
+    else:
+        sums = rows @ (x @ columns.T)
+    (cc, cs), (sc, ss) = (half.chunk(2, dim=-1) for half in (sums / (height * width)).chunk(2, dim=-2))
+    # the gradient of this norm is 0 where it is 0, that of a square root is not finite
+    return torch.linalg.vector_norm(torch.stack([cc - ss, cs + sc]), dim=0).flatten(1)
+
+
+class FrequencyStart(nn.Linear):
+    """d_0 of images [B, C, H, W]: [B, 64], a linear layer of `low_frequencies` (section 3.3).  channels: C."""
+
+    def __init__(self, channels, **kwargs):
+        super().__init__(FREQUENCIES**2 * channels, START_SIZE, **kwargs)
+
+    def forward(self, image):
+        return super().forward(low_frequencies(image).to(self.weight.dtype))
+
+
+class LearnedStart(nn.Module):
+    """A learned d_0 that is the same for all inputs [B, ...]: [B, 64] (Table 6)."""
+
+    def __init__(self, channels=None, *, device=None, dtype=None):
+        super().__init__()
+        self.vector = nn.Parameter(torch.randn(START_SIZE, device=device, dtype=dtype))
+
+    def forward(self, image):
+        return self.vector.expand(len(image), -1)
+
+
+STARTS = {"frequency": FrequencyStart, "learned": LearnedStart}
+
+
+class KernelRepresentation(nn.Module):
+    """Starts every forward pass of a model, at whose root it stands, with d_0.
+
+    relay: of the model's layers; channels: of its images; start: "frequency" or "learned".
+    """
+
+    def __init__(self, relay, channels, start="frequency", **kwargs):
+        super().__init__()
+        object.__setattr__(self, "_relay", relay)
+        self.start = STARTS[start](channels, **kwargs)
+        self.handles = ()
+
+    def forward(self, x):
+        # at the end of an nn.Sequential it is called
+        return x
+
+    def attach(self, model, stem):
+        """Start at the input of a layer, the first that sees the image, and forget all when the model is through."""
+        # the hooks are methods, so that those of a copy are the copy's; the handles keep their numbers from being
+        # given to others, once a model is unpickled
+        self.handles = (
+            stem.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, always_call=True),
+        )
+
+    def _begin(self, stem, inputs):
+        self._relay.start(Step(self.start(inputs[0])))
+
+    def _end(self, model, inputs, output):
+        self._relay.clear()

@@ -1,0 +1,329 @@
+"""Omni-dimensional dynamic convolution (Li, Zhou and Yao, ICLR 2022): attention along all dimensions of the kernels.
+
+Shapes: x is [B, C, *S], a layer's weight [K, O, I, *k] with I = C / groups; T is the number of taps, the product of k.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops import mixture_conv, sample_conv
+from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, global_pool, reset_linear
+
+ATTENTIONS = ("spatial", "channel", "filter", "kernel")
+SPATIAL_FUNCTIONS = ("sigmoid", "softmax")
+KERNEL_FUNCTIONS = ("softmax", "caf")
+# attention function -> (first, last) temperature of the training schedule
+TEMPERATURES = {"softmax": (30.0, 1.0), "caf": (1.0, 0.0)}
+
+
+class Head(nn.Linear):
+    """A linear layer whose weight [out, in, side, side] is kept as that of a convolution, as released."""
+
+    def __init__(self, in_features, out_features, bias=True, side=1, **kwargs):
+        super().__init__(in_features * side**2, out_features, bias, **kwargs)
+        self.weight = nn.Parameter(self.weight.detach().reshape(out_features, in_features, side, side))
+
+    def forward(self, x):
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+def check_temperature(temperature, function):
+    """Raises ValueError for a temperature outside of what an attention function takes."""
+    if function == "caf" and not 0.0 <= temperature <= 1.0:
+        raise ValueError(f"temperature {temperature} is not in [0, 1]")
+    if function == "softmax" and not temperature > 0.0:
+        raise ValueError(f"temperature {temperature} must be above 0: logits are divided by it (30 to 1 in training)")
+
+
+def check_choice(what, values, known):
+    for value in values:
+        if value not in known:
+            raise ValueError(f"{what}: unknown '{value}', choose from {', '.join(known)}")
+
+
+def caf(z, temperature):
+    """KernelWarehouse's attention function (equation 4) over logits [B, n]; the first kernel is the initial one."""
+    alpha = z / (z.abs().sum(dim=1, keepdim=True) + 1e-3)
+    beta = F.one_hot(torch.zeros((), dtype=torch.long, device=z.device), z.shape[1]).to(z.dtype)
+    return torch.lerp(alpha, beta.expand_as(alpha), temperature.to(z.dtype))
+
+
+class ODHeads(nn.Module):
+    """The attentions of ODConv from a hidden vector [B, H], a linear layer and a function each.
+
+    attentions: any of "spatial" [B, T], "channel" [B, C], "filter" [B, O] and "kernel" [B, K] (Table 7); what is
+    constant is left out: spatial for kernels of one tap, filter for depth-wise ones, kernel for K = 1.
+    spatial_function: "sigmoid" or "softmax" (Table 11).  attention_function: of the kernels, "softmax", or "caf"
+    (KernelWarehouse, Table 10), whose temperature goes from 1 to 0 and leaves the other attentions alone.
+    attention_sharing False: every kernel has spatial, channel and filter attentions of its own (Table 12).
+    depthwise_filter: keep the filter attention of depth-wise kernels, too.
+    forward returns name -> attention, [B, K or 1, size], "kernel" [B, K]; names that are left out are absent.
+    """
+
+    def __init__(
+        self,
+        hidden,
+        in_channels,
+        out_channels,
+        taps,
+        groups,
+        kernel_num,
+        *,
+        attentions=ATTENTIONS,
+        spatial_function="sigmoid",
+        attention_function="softmax",
+        attention_sharing=True,
+        depthwise_filter=False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        check_choice("attentions", attentions, ATTENTIONS)
+        check_choice("spatial_function", [spatial_function], SPATIAL_FUNCTIONS)
+        check_choice("attention_function", [attention_function], KERNEL_FUNCTIONS)
+        if not attentions:
+            raise ValueError(f"attentions is empty; name at least one of {', '.join(ATTENTIONS)}")
+        if kernel_num > 1 and "kernel" not in attentions and attention_sharing:
+            raise ValueError(
+                f"kernel_num {kernel_num} without the kernel attention adds up to one kernel; use kernel_num 1, or "
+                "attention_sharing false"
+            )
+        self.spatial_function, self.attention_function = spatial_function, attention_function
+        self.sets = 1 if attention_sharing else kernel_num
+        depthwise = groups == in_channels == out_channels and not depthwise_filter
+        sizes = {
+            "channel": in_channels,
+            "filter": 0 if depthwise else out_channels,
+            "spatial": taps if taps > 1 else 0,
+            "kernel": kernel_num if kernel_num > 1 else 0,
+        }
+        self.names = [name for name, size in sizes.items() if size and name in attentions]
+        for name in self.names:
+            size = sizes[name] * (1 if name == "kernel" else self.sets)
+            self.add_module(f"{name}_fc", Head(hidden, size, device=device, dtype=dtype))
+        # not part of the state_dict, as in released checkpoints: it follows from the training schedule
+        last = torch.tensor(TEMPERATURES[attention_function][1], device=device, dtype=dtype)
+        self.register_buffer("temperature", last, persistent=False)
+        reset_linear(self)
+
+    def attend(self, hidden):
+        """Name -> attention of hidden vectors [B, H]."""
+        result, annealed = {}, self.attention_function == "softmax"
+        for name in self.names:
+            z = getattr(self, f"{name}_fc")(hidden)
+            if name == "kernel" and not annealed:
+                result[name] = caf(z, self.temperature)
+                continue
+            z = z / self.temperature.to(z.dtype) if annealed else z
+            if name == "kernel":
+                result[name] = z.softmax(dim=1)
+                continue
+            z = z.unflatten(1, (self.sets, -1))
+            softmax = name == "spatial" and self.spatial_function == "softmax"
+            result[name] = z.softmax(dim=2) if softmax else z.sigmoid()
+        return result
+
+    @torch.no_grad()
+    def reset_to_constants(self):
+        """Let all attentions start from zero logits; returns the factor that makes up for those but the kernels'."""
+        factor = 1.0
+        for name in self.names:
+            head = getattr(self, f"{name}_fc")
+            head.weight.zero_()
+            head.bias.zero_()
+            softmax = name == "spatial" and self.spatial_function == "softmax"
+            factor *= 1.0 if name == "kernel" else head.out_features / self.sets if softmax else 2.0
+        return factor
+
+    def forward(self, hidden):
+        return self.attend(hidden)
+
+    def product_cost(self, kernel_shape, groups):
+        """Multiply-adds of multiplying the spatial, channel and filter attentions with each other, in this order.
+
+        Each product is as large as what the attentions in it reach of a kernel [O, I, *k]: their part of the last term
+        of equations 3 and 4, k^2 c_in and k^2 c_in c_out.
+        """
+        (c_out, c_in), taps = kernel_shape[:2], math.prod(kernel_shape[2:])
+        # a channel attention reaches [groups, I], a filter attention [groups, O / groups]
+        reach = {
+            "spatial": {"k": taps},
+            "channel": {"g": groups, "i": c_in},
+            "filter": {"g": groups, "o": c_out // groups},
+        }
+        names = [name for name in reach if name in self.names]
+        sizes, cost = {}, 0
+        for position, name in enumerate(names):
+            sizes.update(reach[name])
+            cost += math.prod(sizes.values()) if position else 0
+        return self.sets * cost
+
+
+class ODAttention(ODHeads):
+    """GAP, FC, norm, ReLU, and the heads (section 3.2): x [B, C, *S] -> name -> attention.
+
+    reduction: hidden width over C, at least 16 wide.  spatial_pool: side of the map that x is pooled to where there is
+    a spatial attention (Table 16; dims 2 only).
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        taps,
+        groups,
+        kernel_num,
+        *,
+        reduction=1 / 16,
+        spatial_pool=1,
+        dims=2,
+        device=None,
+        dtype=None,
+        **heads,
+    ):
+        if not 0 < reduction <= 1:
+            raise ValueError(f"reduction {reduction} is not in (0, 1]")
+        hidden = max(int(in_channels * reduction), 16)
+        kwargs = {"device": device, "dtype": dtype}
+        super().__init__(hidden, in_channels, out_channels, taps, groups, kernel_num, **heads, **kwargs)
+        if spatial_pool != 1 and dims != 2 and "spatial" in self.names:
+            raise ValueError("spatial_pool is for 2-d convolutions")
+        self.side = spatial_pool if "spatial" in self.names else 1
+        if not self.names:
+            # a parameter that nothing depends on would keep DistributedDataParallel waiting
+            self.fc = self.bn = None
+            return
+        self.fc = Head(in_channels, hidden, bias=False, side=self.side, **kwargs)
+        self.bn = AttentionNorm(hidden, **kwargs)
+        reset_linear(self.fc)
+
+    def forward(self, x):
+        if not self.names:
+            return {}
+        pooled = global_pool(x) if self.side == 1 else F.adaptive_avg_pool2d(x, self.side).flatten(1)
+        return self.attend(F.relu(self.bn(self.fc(pooled))))
+
+
+class _ODLayer:
+    """Equation 2: kernels times their attentions, added up, and convolved."""
+
+    def _setup(self, device, dtype, bias, *, kernel_num=1, **attention):
+        if kernel_num < 1:
+            raise ValueError(f"kernel_num {kernel_num} is below 1")
+        kwargs = {"device": device, "dtype": dtype}
+        self.kernel_num, self.taps = kernel_num, math.prod(self.kernel_size)
+        self.attention = self._make_attention(**attention, **kwargs)
+        self.weight = nn.Parameter(torch.empty(kernel_num, *self.kernel_shape, **kwargs))
+        self.bias = nn.Parameter(torch.zeros(self.out_channels, **kwargs)) if bias else None
+        for kernel in self.weight:
+            nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
+
+    def _make_attention(self, **settings):
+        sizes = self.in_channels, self.out_channels, self.taps, self.groups, self.kernel_num
+        return ODAttention(*sizes, dims=len(self.kernel_size), **settings)
+
+    def set_temperature(self, temperature):
+        """T that the logits are divided by, from 30 to 1; with the attention function "caf" its tau, from 1 to 0."""
+        check_temperature(temperature, self.attention.attention_function)
+        self.attention.temperature.fill_(temperature)
+
+    @property
+    def temperatures(self):
+        """(first, last) temperature of the training schedule."""
+        return TEMPERATURES[self.attention.attention_function]
+
+    @torch.no_grad()
+    def keep_weight(self, weight):
+        """Compute what a static kernel [O, I, *k] does: attentions start as constants that the kernels make up for."""
+        heads = self.attention
+        scale = heads.reset_to_constants() / (1 if "kernel" in heads.names else self.kernel_num)
+        self.weight.copy_(weight.reshape(self.kernel_shape) * scale)
+
+    def mixing_cost(self, positions):
+        """The last term of equations 3 and 4: each kernel times the product of the other attentions, then its own."""
+        heads = self.attention
+        passes = ("kernel" in heads.names) + any(name != "kernel" for name in heads.names)
+        return heads.product_cost(self.kernel_shape, self.groups) + passes * self.weight.numel()
+
+    def convolve(self, x):
+        return self.modulated(x, self.attention(x))
+
+    def modulated(self, x, attentions):
+        """y of x [B, C, *S] and attentions as `ODHeads` returns them."""
+        ones = [1] * len(self.kernel_size)
+        if self.attention.sets > 1:
+            return sample_conv(x, self._separate_kernels(attentions), self.bias, *self._geometry())
+        # attention of channels and filters acts on what goes in and out: no kernel per sample needs it
+        if "channel" in attentions:
+            x = x * attentions["channel"].reshape(*x.shape[:2], *ones)
+        alpha, cells = attentions.get("kernel"), self.weight
+        if "spatial" in attentions:
+            alpha, cells = self._position_by_position(attentions["spatial"], alpha)
+        elif alpha is not None:
+            alpha = alpha.unsqueeze(1)
+        if alpha is None:
+            conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.kernel_size)]
+            y = conv(x, self.weight[0], None, *self._geometry())
+        else:
+            y = mixture_conv(x, alpha, cells, self.kernel_size, None, *self._geometry())
+        if "filter" in attentions:
+            y = y * attentions["filter"].reshape(*y.shape[:2], *ones)
+        return y if self.bias is None else y + self.bias.reshape(-1, *ones).to(y.dtype)
+
+    def _position_by_position(self, spatial, alpha):
+        """alpha [B, T, K T] and cells [K T, O, I, 1...]: position t is mixed from its own slices of the kernels."""
+        # spatial [B, 1, T], alpha [B, K]
+        alpha = spatial.flatten(1) if alpha is None else (alpha.unsqueeze(2) * spatial).flatten(1)
+        own = torch.eye(self.taps, dtype=alpha.dtype, device=alpha.device)
+        alpha = (alpha.unflatten(1, (1, -1, self.taps)) * own.unsqueeze(1)).flatten(2)
+        cells = self.weight.flatten(3).movedim(3, 1).flatten(0, 1)
+        return alpha, cells.reshape(*cells.shape, *[1] * len(self.kernel_size))
+
+    def _separate_kernels(self, attentions):
+        """[B, O, I, *k] where every kernel has attentions of its own: one after the other, since B K O I T is large."""
+        groups, (c_out, c_in) = self.groups, self.kernel_shape[:2]
+        total = 0
+        for i in range(self.kernel_num):
+            kernel = self.weight[i].reshape(1, groups, c_out // groups, c_in, self.taps)
+            if "spatial" in attentions:
+                kernel = kernel * attentions["spatial"][:, i].reshape(-1, 1, 1, 1, self.taps)
+            if "channel" in attentions:
+                kernel = kernel * attentions["channel"][:, i].reshape(-1, groups, 1, c_in, 1)
+            if "filter" in attentions:
+                kernel = kernel * attentions["filter"][:, i].reshape(-1, groups, c_out // groups, 1, 1)
+            if "kernel" in attentions:
+                kernel = kernel * attentions["kernel"][:, i].reshape(-1, 1, 1, 1, 1)
+            total = total + kernel
+        return total.reshape(-1, *self.kernel_shape)
+
+    def method_repr(self):
+        return f"kernel_num={self.kernel_num}, attentions={'+'.join(self.attention.names)}"
+
+
+class ODConv1d(_ODLayer, Conv1d):
+    """`nn.Conv1d` as omni-dimensional dynamic convolution: [B, C_in, L] -> [B, C_out, L'] (equation 2).
+
+    kernel_num: K kernels; attention: reduction, attentions, spatial_function, attention_function, attention_sharing
+    and spatial_pool of `ODAttention`.  Raises ValueError for settings that do not fit.
+    """
+
+
+class ODConv2d(_ODLayer, Conv2d):
+    """`nn.Conv2d` as omni-dimensional dynamic convolution: [B, C_in, H, W] -> [B, C_out, H', W'].
+
+    Arguments and errors as for `ODConv1d`.
+    """
+
+
+class ODConv3d(_ODLayer, Conv3d):
+    """`nn.Conv3d` as omni-dimensional dynamic convolution: [B, C_in, D, H, W] -> [B, C_out, D', H', W'].
+
+    Arguments and errors as for `ODConv1d`.
+    """
+
+
+class ODLinear(_ODLayer, Linear):
+    """`nn.Linear` as a 1x1 ODConv over tokens: [B, ..., C_in] -> [B, ..., C_out].  Arguments as for `ODConv1d`."""

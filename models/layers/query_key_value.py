@@ -1,0 +1,41 @@
+"""The projection of self-attention with its value apart, so that query and key can stay static."""
+
+import torch
+from torch import nn
+
+
+class QueryKeyValue(nn.Module):
+    """A linear layer [B, N, C] -> [B, N, 3 C] in two parts: `query_key` (2 C) and `value` (C).
+
+    Made from timm's `qkv`, which computes all three with one matrix; it computes the same.
+    """
+
+    def __init__(self, qkv):
+        super().__init__()
+        parts = qkv.weight.detach().split([2 * qkv.out_features // 3, qkv.out_features // 3])
+        biases = [None, None] if qkv.bias is None else qkv.bias.detach().split([len(part) for part in parts])
+        self.query_key, self.value = (self._linear(*part) for part in zip(parts, biases))
+
+    @staticmethod
+    def _linear(weight, bias):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype)
+        layer.weight.data.copy_(weight)
+        if bias is not None:
+            layer.bias.data.copy_(bias)
+        return layer
+
+    def forward(self, x):
+        return torch.cat([self.query_key(x), self.value(x)], dim=-1)
+
+
+def split_projections(model):
+    """Put `QueryKeyValue` in the place of every `qkv` of a model, which computes what it did.
+
+    Returns the modules, with the layers that were replaced.
+    """
+    replaced = []
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "qkv", None), nn.Linear):
+            replaced.append((module, module.qkv))
+            module.qkv = QueryKeyValue(module.qkv).train(module.training)
+    return replaced
