@@ -1,6 +1,7 @@
 """The option table, config files and the command line: precedence, types, and every refusal names its culprit."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from models.config import ConfigError, parse_command_line, read_config
 from models.options import MODEL_KEYS, OPTIONS
 
-DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "tests" / "data"
 RELEASED = json.loads((DATA / "released_options.json").read_text())
 
 
@@ -77,6 +79,93 @@ def test_file_values(tmp_path):
     assert read_config({"warehouses": warehouses}) == {"warehouses": warehouses}
 
 
+def write_recipe(folder, name, text):
+    (folder / "recipes").mkdir(parents=True, exist_ok=True)
+    (folder / "recipes" / f"{name}.json").write_text(text)
+    return str(folder / "recipes" / f"{name}.json")
+
+
+def test_command_line_beats_file_beats_recipe_beats_defaults(tmp_path):
+    write_recipe(tmp_path, "short", '{"_about": {}, "lr": 0.5, "epochs": 7, "weight-decay": 0.1, "aa": null}')
+    path = write(tmp_path, '{"recipe": "short", "epochs": 8, "weight_decay": 0.2}')
+    args, given = parse_command_line(["--kw_config", str(path), "--weight_decay", "0.3"])
+    assert (args.lr, args.epochs, args.weight_decay, args.aa) == (0.5, 8, 0.3, None)
+    assert (args.momentum, args.recipe) == (0.9, "short")
+    settings = {"lr": 0.5, "epochs": 8, "aa": None}
+    assert given == {**settings, "weight_decay": 0.3, "kw_config": str(path), "recipe": "short"}
+    # what is read has the recipe's settings in place of its name, and can be read again anywhere
+    assert read_config(path) == {**settings, "weight_decay": 0.2} == read_config(read_config(path))
+
+
+def test_recipe_of_the_command_line_replaces_that_of_the_file(tmp_path):
+    write_recipe(tmp_path, "one", '{"lr": 0.5, "epochs": 7, "momentum": 0.8}')
+    write_recipe(tmp_path, "two", '{"lr": 0.6, "warmup_epochs": 3}')
+    path = write(tmp_path, '{"recipe": "one", "epochs": 8}')
+    args, _ = parse_command_line(["--kw_config", str(path), "--recipe", "two"])
+    assert (args.lr, args.epochs, args.warmup_epochs, args.momentum) == (0.6, 8, 3, 0.9)
+    assert read_config(path, {"recipe": "two"}) == {"lr": 0.6, "epochs": 8, "warmup_epochs": 3}
+    assert read_config(path, {"recipe": None}) == {"epochs": 8}
+    args, given = parse_command_line(["--kw_config", str(path), "--recipe", "none"])
+    assert given == {"kw_config": str(path), "epochs": 8, "recipe": None}
+    # without a config it is one of the project's
+    args, _ = parse_command_line(["--recipe", "traditional", "--epochs", "3"])
+    assert (args.opt, args.lr_schedule, args.epochs, args.model) == ("sgd", "step", 3, "convnext_tiny")
+
+
+def test_recipe_is_looked_up_beside_the_config_then_above_it_then_in_the_project(tmp_path, monkeypatch):
+    folder = tmp_path / "mine" / "resnet18"
+    folder.mkdir(parents=True)
+    path = write(folder, '{"recipe": "deit"}')
+    assert read_config(path)["warmup_epochs"] == 5 == read_config({"recipe": "deit"})["warmup_epochs"]
+    write_recipe(tmp_path, "deit", '{"lr": 0.5}')
+    assert read_config(path) == {"lr": 0.5}
+    write_recipe(tmp_path / "mine", "deit", '{"lr": 0.6}')
+    assert read_config(path) == {"lr": 0.6}
+    # a folder without the recipe does not hide those above it
+    write_recipe(folder, "other", "{}")
+    assert read_config(path) == {"lr": 0.6}
+    monkeypatch.chdir(folder)
+    assert read_config("config.json") == {"lr": 0.6}
+    assert read_config({"recipe": "deit"})["warmup_epochs"] == 5
+
+
+# content of the recipe -> what the message must hold
+BAD_RECIPES = {
+    "another recipe": ('{"recipe": "deit"}', 'a recipe cannot set "recipe"'),
+    "a model": ('{"model": "resnet18"}', 'a recipe cannot set "model"'),
+    "a config": ('{"kw_config": "x.json"}', 'a recipe cannot set "kw_config"'),
+    "unknown key": ('{"epoch": 3}', 'unknown key "epoch"; did you mean "epochs"'),
+    "wrong type": ('{"lr": "fast"}', "lr"),
+    "not JSON": ("{", "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RECIPES)
+def test_bad_recipe_is_refused_by_its_own_name(case, tmp_path):
+    text, part = BAD_RECIPES[case]
+    recipe = write_recipe(tmp_path, "bad", text)
+    path = write(tmp_path, '{"recipe": "bad", "epochs": 3, "lr": 0.1}')
+    with pytest.raises(ConfigError) as caught:
+        read_config(path)
+    message = str(caught.value)
+    assert part in message and message.startswith(recipe) and "\n" not in message
+
+
+def test_package_alone_has_no_recipes(tmp_path):
+    """Installed without configs/, only recipes beside the user's config are found."""
+    shutil.copytree(ROOT / "models", tmp_path / "kernelwarehouse", ignore=shutil.ignore_patterns("__pycache__"))
+    write_recipe(tmp_path / "mine", "short", '{"epochs": 7}')
+    (tmp_path / "mine" / "good.json").write_text('{"recipe": "short"}')
+    (tmp_path / "bad.json").write_text('{"recipe": "deit"}')
+    code = "import sys; from kernelwarehouse import read_config; print(read_config(sys.argv[1]))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run([*command, "mine/good.json"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "{'epochs': 7}\n", done.stderr
+    done = subprocess.run([*command, "bad.json"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    message = done.stderr.strip().splitlines()[-1]
+    assert 'ConfigError: bad.json: unknown recipe "deit"; no recipes are installed' in message
+
+
 def test_model_keys():
     assert {"model", "cell_num_ratio", "warehouses", "attention_init", "drop_path"} <= MODEL_KEYS
     assert not MODEL_KEYS & {"lr", "temp_epoch", "data_path", "nb_classes"}
@@ -118,7 +207,7 @@ BAD_FILES = {
     "probability above 1": ('{"reprob": 1.5}', "reprob"),
     "zero ratio": ('{"cell_num_ratio": 0}', "cell_num_ratio"),
     "clip at 0": ('{"clip_grad": 0}', "clip_grad"),
-    "choice": ('{"opt": "adam"}', 'did you mean "adamw"'),
+    "choice": ('{"opt": "adamww"}', 'did you mean "adamw"'),
     "model with a path": ('{"model": "../../etc/passwd"}', "model"),
     "line break in a value": ('{"opt": "sgd\\nrm"}', "opt"),
     "zero byte": ('{"output_dir": "a\\u0000b"}', "output_dir"),
@@ -132,6 +221,10 @@ BAD_FILES = {
     "warehouse without layers": ('{"warehouses": {"a": {"reduction": 0.1}}}', "layers"),
     "warehouse with an unknown key": ('{"warehouses": {"a": {"layer": ["x"]}}}', 'did you mean "layers"'),
     "warehouses as a list": ('{"warehouses": []}', "warehouses"),
+    "unknown recipe": ('{"recipe": "traditonal"}', '"traditonal"; did you mean "traditional"?'),
+    "unknown recipe, nothing near": ('{"recipe": "qqqqqq"}', '"qqqqqq"; the known ones are advanced, cifar, deit, '),
+    "recipe as a path": ('{"recipe": "../recipes/deit"}', "recipe"),
+    "recipe as an object": ('{"recipe": {"lr": 0.1}}', "recipe"),
 }
 
 
@@ -169,6 +262,8 @@ def test_bad_path_is_refused(tmp_path):
         (["--warehouses", "x"], "config file only"),
         (["stray"], "stray"),
         (["--kw_config", "missing.json"], "missing.json"),
+        (["--recipe", "diet"], 'unknown recipe "diet"; did you mean "deit"?'),
+        (["--recipe", "/deit"], "--recipe"),
     ],
 )
 def test_bad_command_line_is_refused_in_one_line(words, part):
@@ -180,5 +275,4 @@ def test_bad_command_line_is_refused_in_one_line(words, part):
 def test_config_needs_no_torch():
     """A mistake is refused before the seconds that loading torch takes."""
     code = "import sys; from models.config import read_config; assert 'torch' not in sys.modules"
-    root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
