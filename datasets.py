@@ -19,7 +19,7 @@ from PIL import Image, ImageFile, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
 from models.config import ConfigError
@@ -115,6 +115,87 @@ class DigitsData(Dataset):
 
     def __getitem__(self, index: int):
         return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.labels[index]
+
+
+@dataclass(frozen=True)
+class CIFARFiles:
+    """Where the binary version of a CIFAR comes from, and what it holds."""
+
+    url: str
+    folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    labels: int  # label bytes of an image; the last is its class
+    classes: int
+    python_folder: str
+
+
+CIFAR_FILES = {
+    "CIFAR10": CIFARFiles(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "cifar-10-batches-bin",
+        tuple(f"data_batch_{number}.bin" for number in range(1, 6)), ("test_batch.bin",), 1, 10, "cifar-10-batches-py",
+    ),
+    "CIFAR100": CIFARFiles(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", "cifar-100-binary", ("train.bin",), ("test.bin",),
+        2, 100, "cifar-100-python",
+    ),
+}  # fmt: skip
+
+
+class CIFARData(Dataset):
+    """CIFAR-10 or CIFAR-100 in the binary version, in a folder or in the subfolder that its archive makes.
+
+    A file is a row of images, each its label bytes (CIFAR-100: coarse, fine), then a red, a green and a blue plane of
+    32 x 32 bytes, row by row. Any number of images is taken. The Python version is not read: a pickle can run code.
+
+    Raises:
+        ConfigError: names the folder that lacks a file, or the file that is damaged.
+    """
+
+    def __init__(self, name: str, root: Path, is_train: bool, transform):
+        self.files, self.transform = CIFAR_FILES[name], transform
+        self.classes = [str(label) for label in range(self.files.classes)]
+        names = self.files.train if is_train else self.files.test
+        folder = root if os.path.isfile(root / names[0]) else root / self.files.folder
+        missing = [file for file in names if not os.path.isfile(folder / file)]
+        if missing:
+            pickles = [root / where / Path(names[0]).stem for where in ("", self.files.python_folder)]
+            only_python = len(missing) == len(names) and any(map(os.path.isfile, pickles))
+            reason = "only its Python version is" if only_python else f"{missing[0]} is missing"
+            raise ConfigError(
+                f"{root}: no {name} here in the binary version ({reason}); unpack {self.files.url} into it "
+                f"(it must hold {self.files.folder}/)"
+            )
+        self.records = np.concatenate([self._read(folder / file) for file in names])
+        if not len(self.records):
+            raise ConfigError(f"{folder / names[0]}: holds no images; unpack {self.files.url} again")
+
+    def _read(self, path: Path) -> np.ndarray:
+        """The images of a file, [N, label bytes + 3072]."""
+        length = self.files.labels + 3 * 32 * 32
+        again = f"the file is damaged or of another data set, unpack {self.files.url} again"
+        try:
+            content = np.fromfile(path, np.uint8)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        if len(content) % length:
+            raise ConfigError(f"{path}: {len(content)} bytes are no multiple of an image's {length}; {again}")
+        records = content.reshape(-1, length)
+        labels = records[:, self.files.labels - 1]
+        wrong = np.flatnonzero(labels >= self.files.classes)
+        if len(wrong):
+            last = self.files.classes - 1
+            raise ConfigError(f"{path}: image {wrong[0]} has the label {labels[wrong[0]]}, above {last}; {again}")
+        return records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int):
+        record, labels = self.records[index], self.files.labels
+        planes = record[labels:].reshape(3, 32, 32)
+        image = Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+        return self.transform(image), int(record[labels - 1])
 
 
 class ReaderData(Dataset):
@@ -295,13 +376,7 @@ def make_data(args, is_train: bool) -> Dataset:
             raise ConfigError("--data_set image_folder needs --eval_data_path, or --disable_eval true")
         return ImageFolderData(Path(args.eval_data_path), transform, "--eval_data_path")
     if name in ("CIFAR", "CIFAR10", "CIFAR100"):
-        kind = CIFAR10 if name == "CIFAR10" else CIFAR100
-        try:
-            return kind(str(root), train=is_train, transform=transform, download=False)
-        except RuntimeError:
-            raise ConfigError(
-                f"{root}: no {kind.__name__} here; unpack {kind.url} into it (it must hold {kind.base_folder}/)"
-            ) from None
+        return CIFARData("CIFAR10" if name == "CIFAR10" else "CIFAR100", root, is_train, transform)
     return _reader_data(args, is_train, transform)
 
 

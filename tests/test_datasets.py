@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import EXIF_ORIENTATION, make_image_folder
+from helpers import EXIF_ORIENTATION, make_cifar, make_image_folder, quick, read_log
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data.auto_augment import rand_augment_transform
@@ -14,8 +14,18 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import datasets
-from datasets import EvalSampler, SeededData, TrainSampler, UnreadableImage, make_data, make_transform, read_image
-from models.config import ConfigError
+import main
+from datasets import (
+    CIFARData,
+    EvalSampler,
+    SeededData,
+    TrainSampler,
+    UnreadableImage,
+    make_data,
+    make_transform,
+    read_image,
+)
+from models.config import ConfigError, read_config
 from models.options import OPTIONS
 from utils import Process
 
@@ -214,10 +224,111 @@ def test_image_folder_data_set(tmp_path):
         datasets.make_loaders(options(data_set="image_folder", data_path=str(root / "train")), {}, process())
 
 
-@pytest.mark.parametrize("name, classes", [("CIFAR", 100), ("CIFAR100", 100), ("CIFAR10", 10)])
+CIFARS = pytest.mark.parametrize("name, classes", [("CIFAR", 100), ("CIFAR100", 100), ("CIFAR10", 10)])
+
+
+@CIFARS
+@pytest.mark.parametrize("inside", [False, True], ids=["the folder above", "the folder itself"])
+def test_cifar_is_read_from_its_binary_version(tmp_path, name, classes, inside):
+    drawn = make_cifar(tmp_path, f"CIFAR{classes}")
+    root = next(tmp_path.iterdir()) if inside else tmp_path
+    args = options(data_set=name, data_path=str(root), input_size=32, batch_size=2, num_workers=0)
+    loaders = datasets.make_loaders(args, {}, process())
+    assert loaders.nb_classes == classes
+    for split, loader in (("train", loaders.train), ("test", loaders.evaluation)):
+        data = loader.dataset if split == "test" else loader.dataset.data
+        assert len(data) == len(drawn[split])
+        data.transform = np.asarray
+        for (image, label), (expected, planes) in zip(map(data.__getitem__, range(len(data))), drawn[split]):
+            assert label == expected
+            # the planes one after the other, row by row
+            assert np.moveaxis(image, 2, 0).tobytes() == planes
+
+
+@pytest.mark.parametrize("head, name", [(b"\x09", "CIFAR10"), (b"\x13\x63", "CIFAR100")])
+def test_cifar_planes_are_red_green_and_blue(tmp_path, head, name):
+    red, green, blue = bytearray(1024), bytearray(1024), bytearray(1024)
+    # the second pixel of the first row, the first of the second row, the last of all
+    red[1], green[32], blue[1023] = 200, 150, 100
+    make_cifar(tmp_path, name)
+    path = next(tmp_path.rglob("test*.bin"))
+    path.write_bytes(head + bytes(red + green + blue))
+    data = CIFARData(name, tmp_path, False, lambda image: image)
+    (image, label) = data[0]
+    assert len(data) == 1 and label == head[-1] and image.mode == "RGB" and image.size == (32, 32)
+    pixels = {(x, y): image.getpixel((x, y)) for x in range(32) for y in range(32)}
+    lit = {position: pixel for position, pixel in pixels.items() if any(pixel)}
+    assert lit == {(1, 0): (200, 0, 0), (0, 1): (0, 150, 0), (31, 31): (0, 0, 100)}
+
+
+@CIFARS
 def test_cifar_says_where_to_get_it(tmp_path, name, classes):
-    with pytest.raises(ConfigError, match=rf"no CIFAR{classes} here.*https://"):
-        make_data(options(data_set=name, data_path=str(tmp_path), input_size=32), True)
+    archive = rf"https://www\.cs\.toronto\.edu/~kriz/cifar-{classes}-binary\.tar\.gz"
+    args = options(data_set=name, data_path=str(tmp_path), input_size=32)
+    for is_train in (True, False):
+        with pytest.raises(ConfigError, match=rf"no CIFAR{classes} here.*is missing.*{archive}"):
+            make_data(args, is_train)
+    # pickles are named, not read
+    python = tmp_path / {10: "cifar-10-batches-py", 100: "cifar-100-python"}[classes]
+    python.mkdir()
+    for file in ("data_batch_1", "test_batch") if classes == 10 else ("train", "test"):
+        (python / file).write_bytes(b"not even a pickle")
+    for root in (tmp_path, python):
+        for is_train in (True, False):
+            with pytest.raises(ConfigError, match=rf"{root}: .*only its Python version is.*{archive}"):
+                make_data(options(data_set=name, data_path=str(root), input_size=32), is_train)
+    make_cifar(tmp_path, f"CIFAR{classes}")
+    next(tmp_path.rglob("data_batch_4.bin" if classes == 10 else "train.bin")).unlink()
+    with pytest.raises(ConfigError, match=r"no CIFAR10 here .*data_batch_4.bin" if classes == 10 else "no CIFAR100"):
+        make_data(args, True)
+    assert len(make_data(args, False)) == 11
+
+
+@pytest.mark.parametrize("name, bad_label", [("CIFAR10", b"\x0a"), ("CIFAR100", b"\x00\x64")])
+def test_damaged_cifar_is_named(tmp_path, name, bad_label):
+    make_cifar(tmp_path, name)
+    path = next(tmp_path.rglob("test*.bin"))
+    args = options(data_set=name, data_path=str(tmp_path), input_size=32)
+    content = path.read_bytes()
+    length = len(bad_label) + 3072
+    damages = {
+        "no multiple": content[:-1],
+        f"image 1 has the label {bad_label[-1]}": content[:length] + bad_label + content[length + len(bad_label) :],
+        "holds no images": b"",
+    }
+    for message, damaged in damages.items():
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=message) as caught:
+            make_data(args, False)
+        assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    assert len(make_data(args, True)) == 13
+
+
+def test_cifar_recipe_is_padding_crop_and_flip(tmp_path):
+    """Kernel Representation, section 4.1: 4 pixels on each side, a random 32 x 32 region, a flip, normalised."""
+    args = options(**read_config({"recipe": "cifar"}), data_set="CIFAR10")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    to_tensor = [transforms.ToTensor(), normalise]
+    assert torch.equal(make_transform(args, False)(image), transforms.Compose(to_tensor)(image))
+    training = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *to_tensor])
+    for seed in range(4):
+        torch.manual_seed(seed)
+        expected = training(image)
+        torch.manual_seed(seed)
+        assert torch.equal(make_transform(args, True)(image), expected)
+
+
+@pytest.mark.parametrize("name, classes", [("CIFAR10", 10), ("CIFAR100", 100)])
+def test_cifar_trains_and_is_evaluated(tmp_path, name, classes, capsys):
+    make_cifar(tmp_path / "data", name)
+    common = {"data_set": name, "data_path": tmp_path / "data", "recipe": "cifar", "input_size": 32, "batch_size": 4}
+    assert main.main(quick(**common, epochs=1, output_dir=tmp_path / "out")) == 0
+    (line,) = read_log(tmp_path / "out")
+    assert 0 <= line["test_acc1"] <= 100
+    assert f"{classes} classes" in capsys.readouterr().out
+    assert main.main(quick(**common, eval=True, resume=tmp_path / "out" / "checkpoint-0.pth")) == 0
+    assert "* Acc@1 " in capsys.readouterr().out
 
 
 def test_timm_reader_string(tmp_path):
