@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from checkpoints import read
-from models import build_model, load_weights, set_temperature, warehouse_layers
+from models import build_model, load_weights, set_temperature, temperature_range, warehouse_layers
 from models.config import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +24,7 @@ class ClassificationBackbone(BaseModule):
     """The feature maps of a classification model, from stride 4 on.
 
     Input [B, 3, H, W]; output a tuple of [B, channels[i], H / stride, W / stride], stage by stage.  The map of the
-    last stage is what the classifier pools (so MobileNetV2's has 1280 channels).  Attentions are at temperature 0.
+    last stage is what the classifier pools (so MobileNetV2's has 1280 channels).  Temperatures are the last ones.
 
     config: of a classification model: a path (also relative to the project), a dict, or a timm name.
     out_indices: stages to give out, counted from 0 at stride 4.
@@ -57,7 +57,7 @@ class ClassificationBackbone(BaseModule):
         if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}):
             raise ConfigError(f"init_cfg {dict(init_cfg)}: use None or dict(type='Pretrained', checkpoint=PATH)")
         model = build_model(_config(config), num_classes, drop_path=drop_path, **overrides)
-        set_temperature(model, 0.0)
+        set_temperature(model, temperature_range(model)[1])
         self.name = getattr(model, "default_cfg", {}).get("architecture", type(model).__name__)
         stages = _stages(model, self.name)
         out_indices = tuple(out_indices)

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import json
 import warnings
 from pathlib import Path
@@ -36,18 +37,55 @@ TABLE = list(csv.DictReader((Path(__file__).parent / "data" / "detection.csv").o
 RESNET = {"model": "kw_resnet10t", **KW, "sharing_range": "layer_conv"}
 MOBILENET = {"model": "kw_mobilenetv2_050", **KW, "sharing_range": "layer_pwconv_dwconv"}
 CONVNEXT = {"model": "kw_convnext_atto", **KW, "sharing_range": "layer_pwconv"}
+RESNET_STAGES = (["layer1", "layer2", "layer3", "layer4"], None)
+MOBILENET_STAGES = (["blocks.1", "blocks.2", "blocks.4", "blocks.6"], "bn2")
 # the last module of every stage from stride 4 on, and what comes after the last
 STAGES = {
-    "resnet": (RESNET, ["layer1", "layer2", "layer3", "layer4"], None),
-    "mobilenet": (MOBILENET, ["blocks.1", "blocks.2", "blocks.4", "blocks.6"], "bn2"),
+    "resnet": (RESNET, *RESNET_STAGES),
+    "mobilenet": (MOBILENET, *MOBILENET_STAGES),
     "convnext": (CONVNEXT, ["stages.0", "stages.1", "stages.2", "stages.3"], None),
-    "static": ({"model": "resnet18"}, ["layer1", "layer2", "layer3", "layer4"], None),
+    "static": ({"model": "resnet18"}, *RESNET_STAGES),
+    # CondConv's and DCD's classifiers are dynamic, too
+    "condconv": ({"model": "condconv_resnet10t"}, *RESNET_STAGES),
+    "dcd": ({"model": "dcd_resnet10t"}, *RESNET_STAGES),
+    "odconv": ({"model": "od_resnet10t"}, *RESNET_STAGES),
+    "dyconv": ({"model": "dyconv_resnet10t"}, *RESNET_STAGES),
+    "condconv_mobilenet": ({"model": "condconv_mobilenetv2_050"}, *MOBILENET_STAGES),
+    "dcd_mobilenet": ({"model": "dcd_mobilenetv2_050"}, *MOBILENET_STAGES),
+    "odconv_mobilenet": ({"model": "od_mobilenetv2_050"}, *MOBILENET_STAGES),
 }
-each_model = pytest.mark.parametrize("name", STAGES)
+SLOW = ("odconv", "dyconv", "condconv_mobilenet", "dcd_mobilenet", "odconv_mobilenet")
+each_model = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in STAGES]
+)
+# the beginning of a config's name for the methods and settings of the tables
+METHODS = {
+    ("static", ""): "static",
+    ("kw", "1x"): "kw1x",
+    ("kw", "4x"): "kw4x",
+    ("kw", "3/4x"): "kw3d4x",
+    ("dyconv", "4x"): "dy4x",
+    ("odconv", "1x"): "od1x",
+    ("odconv", "4x"): "od4x",
+    ("condconv", "8x"): "cond8x",
+    ("dcd", ""): "dcd",
+}
+FOLDERS = {"KW T3": "kw", "OD T4": "odconv"}
+ROWS = {
+    f"{FOLDERS[r['source']]}/{r['detector']}_{METHODS[r['method'], r['setting']]}_{r['backbone']}": r for r in TABLE
+}
 
 
 def names(path):
     return f"{path.parent.name}/{path.stem}"
+
+
+@functools.cache
+def counted(path):
+    """Parameters of a config's detector and of its backbone, in millions, without making a number of them."""
+    with torch.device("meta"):
+        model = MODELS.build(Config.fromfile(path).model)
+    return tuple(sum(p.numel() for p in module.parameters()) / 1e6 for module in (model, model.backbone))
 
 
 @each_model
@@ -128,18 +166,20 @@ def test_frozen_stages(name, frozen):
     assert trained and all(not torch.equal(before[n], after[n]) for n in trained)
 
 
-def test_norm_eval_holds_for_attentions_and_its_absence_is_told():
+@pytest.mark.parametrize("config", [RESNET, STAGES["dcd"][0], STAGES["odconv"][0]], ids=["kw", "dcd", "odconv"])
+def test_norm_eval_holds_for_attentions_and_its_absence_is_told(config):
     x = torch.randn(2, 3, 64, 64)
-    backbone = ClassificationBackbone(RESNET, norm_eval=True).train()
+    backbone = ClassificationBackbone(config, norm_eval=True).train()
     before = copy.deepcopy(backbone.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backbone(x)
         backbone(x[:1])
     statistics = [n for n in before if "running" in n]
-    assert any("attention" in n for n in statistics)
+    # those of attentions (or of DCD's dynamic branches) beside the static network's
+    assert len(statistics) > len([n for n in build_model({"model": "resnet10t"}).state_dict() if "running" in n])
     assert all(torch.equal(before[n], backbone.state_dict()[n]) for n in statistics)
-    backbone = ClassificationBackbone(RESNET).train()
+    backbone = ClassificationBackbone(config).train()
     with pytest.warns(UserWarning, match="2 images a process; set norm_eval=True"):
         backbone(x)
     assert not any(torch.equal(before[n], backbone.state_dict()[n]) for n in statistics)
@@ -152,9 +192,14 @@ def test_options_reach_the_model():
     synced = ClassificationBackbone(RESNET, sync_bn=True)
     kinds = {type(m).__name__ for m in synced.modules() if "BatchNorm" in type(m).__name__}
     assert kinds == {"SyncBatchNorm"}
-    for module in synced.modules():
-        if hasattr(module, "temperature"):
-            assert float(module.temperature) == 0
+
+
+@pytest.mark.parametrize(("name", "last"), [("resnet", 0), ("odconv", 1), ("dyconv", 1)])
+def test_temperatures_are_the_last_ones(name, last):
+    """With which the backbone was evaluated: a detector's training does not anneal them (ODConv, section A.2)."""
+    backbone = ClassificationBackbone({**STAGES[name][0], "temp_epoch": 10, "temp_init_value": 30 if last else 1})
+    found = {float(module.temperature) for module in backbone.modules() if hasattr(module, "temperature")}
+    assert found == {last}
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -210,36 +255,45 @@ def test_wrong_arguments_are_refused(arguments, message):
         ClassificationBackbone(**arguments)
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in COCO_CONFIGS if "static" in p.stem and p.parent.name == "odconv"], ids=names
-)
+@pytest.mark.parametrize("path", [p for p in COCO_CONFIGS if p.parent.name == "odconv"], ids=names)
 def test_parameters_are_those_of_the_paper(path):
-    """ODConv's Table 4, whose totals count the classifier of 1000 classes, too."""
-    cfg = Config.fromfile(path)
-    kind, backbone = path.stem.split("_static_")
-    (row,) = [r for r in TABLE if r["detector"] == kind and r["backbone"] == backbone and r["method"] == "static"
-              and r["source"] == "OD T4"]  # fmt: skip
-    model = MODELS.build(cfg.model)
-    own = sum(p.numel() for p in model.backbone.parameters())
-    classifier = sum(p.numel() for p in build_model({"model": backbone}).get_classifier().parameters())
-    total = sum(p.numel() for p in model.parameters()) + classifier
-    assert own / 1e6 == pytest.approx(float(row["backbone_params_M"]), abs=0.05)
-    assert total / 1e6 == pytest.approx(float(row["params_M"]), abs=0.05)
+    """ODConv's Table 4, whose totals count a static classifier of 1000 classes, too.
+
+    Of a dynamic classifier CondConv's kernels and routing count nowhere, DCD's dynamic part in backbone and total.
+    """
+    row = ROWS[names(path)]
+    total, backbone = counted(path)
+    with torch.device("meta"):
+        static, own = (
+            sum(p.numel() for p in build_model(config).get_classifier().parameters()) / 1e6
+            for config in ({"model": row["backbone"]}, ROOT / Config.fromfile(path).model.backbone.config)
+        )
+    dynamic = own - static if row["method"] == "dcd" else 0.0
+    assert (dynamic > 0.1) == (row["method"] == "dcd")
+    assert backbone + dynamic == pytest.approx(float(row["backbone_params_M"]), abs=0.02)
+    assert total + static + dynamic == pytest.approx(float(row["params_M"]), abs=0.02)
+
+
+def test_every_row_of_the_papers_has_a_config():
+    assert ROWS.keys() == {names(path) for path in COCO_CONFIGS} and len(ROWS) == len(TABLE)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=names)
 def test_configs_say_what_they_are(path):
     head = path.read_text().split("_base_")[0]
-    model = MODELS.build(Config.fromfile(path).model)
-    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M" in head
-    for row in [row for row in TABLE if row["method"] in ("static", "kw")]:
-        setting = {"": "static", "3/4x": "kw3d4x"}.get(row["setting"], f"kw{row['setting']}")
-        source = {"kw": "KW T3", "odconv": "OD T4"}.get(path.parent.name)
-        if path.stem == f"{row['detector']}_{setting}_{row['backbone']}" and row["source"] == source:
-            assert f"box AP {row['box_ap']}" in head and row["mask_ap"] in head
-            break
-    else:
-        assert path.parent.name == "mini"
+    total, backbone = counted(path)
+    assert f"{total:.2f} M" in head
+    if path.parent.name == "mini":
+        return
+    row = ROWS[names(path)]
+    assert f"{backbone:.2f} M" in head
+    assert f"box AP {row['box_ap']} (AP50 {row['box_ap50']}, AP75 {row['box_ap75']})" in head
+    assert all(row[key] in head for key in ("mask_ap", "params_M", "backbone_params_M", "madds"))
+    config = Path(Config.fromfile(path).model.backbone.config).stem
+    assert path.stem == f"{row['detector']}_" + ("static_" if config == row["backbone"] else "") + config
+    paper = f"{row['params_M']} M" if row["params_M"] else ""
+    cells = [f"[{names(path)}](configs/{names(path)}.py)", row["box_ap"], row["mask_ap"], paper, f"{total:.2f} M"]
+    assert f"| {' | '.join(cells)} |" in (ROOT / "detection" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +342,7 @@ def smaller(value):
 
 def mostly_slow(path):
     """Three backbones and two detectors are enough for every day."""
-    quick = path.stem.startswith("mask_rcnn_kw1x") or path.stem.startswith("faster")
+    quick = path.stem.startswith(("mask_rcnn_kw1x", "faster_rcnn_static"))
     return pytest.param(path, id=names(path), marks=() if quick else pytest.mark.slow)
 
 
