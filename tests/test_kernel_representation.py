@@ -227,7 +227,7 @@ def test_a_layer_alone_sees_its_input(kind):
     layer = kind(6, 4, **({"kernel_size": 3} if dims else {}), kernel_num=2)
     layer = randomize(layer.double())
     assert_same(layer(x.double()), naive_unit([layer], x.double(), None)[0])
-    assert layer.fusion.hidden.in_features == 16 and layer._relay.value is None
+    assert layer.fusion.hidden.in_features == 8 and layer._relay.value is None
     assert "kernel_num=2" in repr(layer)
 
 
@@ -767,10 +767,10 @@ def test_every_parameter_matters(settings, training):
 
 def test_sizes_follow_from_the_settings():
     """Table 7."""
-    for kernel_num, reduction, size in ((1, 1 / 4, 16), (4, 1.0, 64)):
+    for kernel_num, reduction, size, hidden in ((1, 1 / 4, 16, 8), (4, 1.0, 64, 12)):
         net = convert(Net(), "kr", kernel_num=kernel_num, reduction=reduction, representation_dim=size)
         assert net.conv.weight.shape == (kernel_num, 8, 8, 3, 3)
-        assert net.mlp.fc1.fusion.fuse.weight.shape == (16, 64 + 3 * size + 12)
+        assert net.mlp.fc1.fusion.fuse.weight.shape == (hidden, 64 + 3 * size + 12)
         assert net.head.in_features == 12 + 64 + 4 * size
     wide = convert(nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 1)), "kr", reduction=0.5)
     assert wide[1].fusion.hidden.in_features == 32

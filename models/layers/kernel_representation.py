@@ -27,6 +27,8 @@ from .relay import Relay
 
 # section 3.3: components per colour channel and direction, and the size of d_0
 FREQUENCIES, START_SIZE = 8, 64
+# the smallest hidden width of the paper: reduction 1/16 of ViT-Nano's 128 channels, which Table 7 tells from 1/8
+LEAST_WIDTH = 8
 
 
 class Step(NamedTuple):
@@ -101,7 +103,7 @@ def unit_parts(
         raise ValueError(f"reduction {reduction} is not in (0, 1]")
     kwargs = {"device": device, "dtype": dtype}
     in_channels = geometries[0][0]
-    hidden = max(int(in_channels * reduction), 16)
+    hidden = max(int(in_channels * reduction), LEAST_WIDTH)
     heads = [ODHeads(hidden, *geometry, kernel_num, attentions=attentions, **kwargs) for geometry in geometries]
     count = sum(head.out_features for part in heads for head in part.children())
     if not count:
@@ -150,7 +152,7 @@ class _KRLayer(_ODLayer):
 class KRConv1d(_KRLayer, Conv1d):
     """`nn.Conv1d` with kernels that depend on a kernel representation: [B, C_in, L] -> [B, C_out, L'].
 
-    kernel_num: K kernels; reduction: hidden width over C_in, at least 16 wide; attentions: of `ODHeads`.
+    kernel_num: K kernels; reduction: hidden width over C_in, at least 8 wide; attentions: of `ODHeads`.
     parts, relay, layer: this layer's part of its unit (`unit_parts`), the layers that pass the representation on, and
     this one's name among them.  Without them the layer is a unit of its own, that sees its input only.
     Raises ValueError for settings that do not fit, and RuntimeError in a forward pass that calls it out of order.
