@@ -1,5 +1,7 @@
 """Replaces layers of any model by dynamic ones."""
 
+from contextlib import nullcontext
+
 from torch import nn
 
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouse, Warehouses
@@ -16,6 +18,8 @@ WAREHOUSE_SETTINGS = {
     "nonlocal_basis_ratio": 1.0,
     "spatial_partition": True,
 }
+# those of them that a layer takes, not its warehouse
+ATTENTION_SETTINGS = ("reduction", "nonlocal_basis_ratio")
 LAYERS = {nn.Conv1d: KWConv1d, nn.Conv2d: KWConv2d, nn.Conv3d: KWConv3d, nn.Linear: KWLinear}
 # methods with warehouses -> what sets them apart
 WAREHOUSE_METHODS = {"kw": {}, "kw_star": {"attentions": ("spatial", "channel", "filter")}}
@@ -100,72 +104,60 @@ def convert_warehouses(
         raise ValueError(f"keep_weights needs attention_init 'one-to-one', not '{attention_init}'")
     attentions = [attentions] if isinstance(attentions, str) else attentions
     own_plan, own_sharing, own_norm = family(model)
-    if own_plan is vit_plan and plan is None and not warehouses:
-        # the plan names the parts of a projection
-        split = split_projections(model)
-        own = {"norm": norm, "attention_function": attention_function, "attention_init": attention_init}
-        own |= {"attentions": attentions, "cell_sharing": cell_sharing, "keep_weights": keep_weights, **settings}
-        try:
-            own["sharing_range"] = own_sharing if sharing_range is None else sharing_range
-            return convert_warehouses(model, plan=vit_plan(model), **own)
-        except ValueError:
-            for module, qkv in split:
-                module.qkv = qkv
-            raise
-    sharing_range = own_sharing if sharing_range is None else sharing_range
-    norm = own_norm if norm is None else norm
-    if warehouses:
-        groups = explicit(model, warehouses)
-        per = per_warehouse(settings, list(groups))
-        for name, own in warehouses.items():
-            per[name].update({key: value for key, value in own.items() if key != "layers"})
-    else:
-        groups = group(share(own_plan(model) if plan is None else plan, sharing_range))
-        per = per_warehouse(settings, list(groups))
-    if not groups:
-        raise ValueError("there is no convolution or linear layer to convert in this model")
-
-    short = [name for name in groups if keep_weights and per[name]["cell_num_ratio"] < 1]
-    if short:
-        raise ValueError(
-            f"warehouse '{short[0]}': keep_weights needs a cell for every mixture, a cell_num_ratio of at least 1, "
-            f"not {per[short[0]]['cell_num_ratio']}"
-        )
-    # every warehouse first: a ratio that does not divide leaves the model untouched
-    modules = dict(model.named_modules(remove_duplicate=False))
-    made = {}
-    for name, layers in groups.items():
-        refuse_others([modules[layer] for layer in layers], layers, LAYERS, "kw")
-        own = per[name]
-        first = modules[layers[0]].weight
-        made[name] = Warehouse(
-            {layer: _kernel(modules[layer]) for layer in layers},
-            name=name,
-            device=first.device,
-            dtype=first.dtype,
-            **{key: own[key] for key in WAREHOUSE_SETTINGS if key not in ("reduction", "nonlocal_basis_ratio")},
-        )
-    replaced = {}
-    for name, layers in groups.items():
-        for layer in layers:
-            replaced[layer] = replacement(
-                modules[layer],
-                layer,
-                LAYERS,
-                warehouse=made[name],
-                layer=layer,
-                reduction=per[name]["reduction"],
-                nonlocal_basis_ratio=per[name]["nonlocal_basis_ratio"],
-                norm=norm,
-                attention_function=attention_function,
-                attention_init=attention_init,
-                attentions=attentions,
-                cell_sharing=cell_sharing,
-            )
-    put(model, replaced, keep_weights)
+    plan = own_plan if plan is None else plan
+    # the plan of vision transformers names the parts of a projection
+    with split_projections(model) if plan is vit_plan and not warehouses else nullcontext():
+        if warehouses:
+            groups = explicit(model, warehouses)
+            per = per_warehouse(settings, list(groups))
+            for name, own in warehouses.items():
+                per[name].update({key: value for key, value in own.items() if key != "layers"})
+        else:
+            plan = plan(model) if callable(plan) else plan
+            groups = group(share(plan, own_sharing if sharing_range is None else sharing_range))
+            per = per_warehouse(settings, list(groups))
+        attention = {
+            "norm": own_norm if norm is None else norm,
+            "attention_function": attention_function,
+            "attention_init": attention_init,
+            "attentions": attentions,
+            "cell_sharing": cell_sharing,
+        }
+        made, replaced = _warehouse_layers(model, groups, per, attention, keep_weights)
+        put(model, replaced, keep_weights)
     model.warehouses = Warehouses(made)
     model.conversion = {
         **getattr(model, "conversion", {}),
         **{layer: name for name, layers in groups.items() for layer in layers},
     }
     return model
+
+
+def _warehouse_layers(model, groups, per, attention, keep_weights):
+    """The warehouses, name -> `Warehouse`, and the layers that take cells from them, name -> layer."""
+    if not groups:
+        raise ValueError("there is no convolution or linear layer to convert in this model")
+    short = [name for name in groups if keep_weights and per[name]["cell_num_ratio"] < 1]
+    if short:
+        raise ValueError(
+            f"warehouse '{short[0]}': keep_weights needs a cell for every mixture, a cell_num_ratio of at least 1, "
+            f"not {per[short[0]]['cell_num_ratio']}"
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    made, replaced = {}, {}
+    # every warehouse first, as a ratio that does not divide is the likeliest mistake
+    for name, layers in groups.items():
+        refuse_others([modules[layer] for layer in layers], layers, LAYERS, "kw")
+        first = modules[layers[0]].weight
+        made[name] = Warehouse(
+            {layer: _kernel(modules[layer]) for layer in layers},
+            name=name,
+            device=first.device,
+            dtype=first.dtype,
+            **{key: value for key, value in per[name].items() if key not in ATTENTION_SETTINGS},
+        )
+    for name, layers in groups.items():
+        own = {**attention, **{key: per[name][key] for key in ATTENTION_SETTINGS}}
+        for layer in layers:
+            replaced[layer] = replacement(modules[layer], layer, LAYERS, warehouse=made[name], layer=layer, **own)
+    return made, replaced

@@ -24,6 +24,9 @@ from timm.layers.cbam import ChannelAttn, SpatialAttn
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 
+from .layers import Warehouse
+from .layers.base import DynamicLayer
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 # attention to features: a mean over all values, and a product with all of them
 FEATURE_ATTENTIONS = (SEModule, SqueezeExcite, EcaModule, ChannelAttn, SpatialAttn)
@@ -46,10 +49,6 @@ class LayerCount:
         return self.attention + self.mixing + self.convolution
 
 
-def is_dynamic(module):
-    return hasattr(module, "mixing_cost")
-
-
 def count_layers(model, image_size=224, channels=3):
     """A `LayerCount` for every layer that does anything, for every warehouse, and a last one for all other parameters.
 
@@ -60,11 +59,11 @@ def count_layers(model, image_size=224, channels=3):
     for name, module in modules.items():
         # the parts of a dynamic layer, or of an attention to features, belong to it
         home = next((homes[above] for above in _above(name) if above in homes), None)
-        if home is None and (is_dynamic(module) or isinstance(module, FEATURE_ATTENTIONS)):
+        if home is None and isinstance(module, (DynamicLayer, *FEATURE_ATTENTIONS)):
             home = homes[name] = name
         row = name if home is None else home
-        counted = is_dynamic(module) or isinstance(module, (*FEATURE_ATTENTIONS, *CONVOLUTIONS, Attention))
-        counted = counted or type(module).__name__ == "Warehouse"
+        counted = isinstance(module, (DynamicLayer, *FEATURE_ATTENTIONS, *CONVOLUTIONS, Attention))
+        counted = counted or isinstance(module, Warehouse)
         row = row if counted or home is not None else OTHERS
         if row != OTHERS or row not in counts:
             counts.setdefault(row, LayerCount(row, "" if row == OTHERS else type(modules[row]).__name__))
@@ -73,7 +72,7 @@ def count_layers(model, image_size=224, channels=3):
 
     handles = []
     for name, module in modules.items():
-        if is_dynamic(module):
+        if isinstance(module, DynamicLayer):
             hook = _dynamic
         elif isinstance(module, FEATURE_ATTENTIONS):
             hook = _feature_attention

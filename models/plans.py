@@ -15,6 +15,9 @@ from collections import Counter
 from timm.layers import Linear as TimmLinear
 from torch import nn
 
+from .layers.base import DynamicLayer
+from .layers.kernel_representation import KRClassifier
+
 CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SHARED_PARTS = ("layer", "conv", "pwconv", "dwconv")
 
@@ -202,7 +205,7 @@ def kind_of(module):
 
 def is_dynamic(module):
     """Whether a layer has been replaced by a method."""
-    return hasattr(module, "convolve") or getattr(module, "is_dynamic", False)
+    return isinstance(module, (DynamicLayer, KRClassifier))
 
 
 def stem_of(model):

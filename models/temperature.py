@@ -5,7 +5,7 @@ KernelWarehouse's tau (equation 4) goes from 1 to 0; the T that ODConv and DY-Co
 
 import math
 
-from .layers.odconv import check_temperature
+from .layers.attention_functions import check_temperature
 
 
 def _dynamic_layers(model):

@@ -305,7 +305,7 @@ def test_kept_weights(name):
         (lambda: models.WeightNetConv2d(4, 4, 3, kernel_num=0), "kernel_num 0 is below 1"),
         (lambda: models.WeightNetConv2d(4, 4, 3, slices=0), "slices 0 is below 1"),
         (lambda: models.WeightNetConv2d(4, 4, 3, reduction=2), "reduction 2 is not in"),
-        (lambda: models.WEConv2d(4, 4, 3, excitations=["size"]), "excitations: unknown 'size', choose from location"),
+        (lambda: models.WEConv2d(4, 4, 3, excitations=["size"]), "unknown excitation 'size', choose from location"),
         (lambda: models.WEConv2d(4, 4, 3, excitations=[]), "excitations is empty"),
         (lambda: models.WEConv2d(4, 4, 3, reduction=-1), "reduction -1 is not in"),
         (lambda: models.WEConv2d(4, 4, 3).keep_weight(torch.zeros(4, 4, 3, 3)), "standardise false"),

@@ -59,11 +59,17 @@ def loaded_model(name):
     return model, {key: value.clone() for key, value in model.state_dict().items()}
 
 
-def logits_of(model, state, x):
-    """Logits in train mode, and then in eval mode with the statistics of that pass."""
+def run(model, state, x, targets):
+    """A pass in train mode, its gradient, and a pass in eval mode with the statistics of the first: name -> values."""
     model.load_state_dict(state)
+    model.train().zero_grad()
+    logits = model(x)
+    loss = F.cross_entropy(logits, torch.tensor(targets))
+    loss.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
     with torch.no_grad():
-        return model.train()(x), model.eval()(x)
+        evaluated = model.eval()(x)
+    return {"train": logits.detach(), "loss": loss.detach(), "norm": norm, "eval": evaluated}
 
 
 def compare(name, temperature, order=None):
@@ -114,8 +120,8 @@ def test_released_model(name):
     compare(name, last_temperature(name))
 
 
-# at T = 1, on four noise images, rounding grows by 1e9 and more in these (asserted below)
-UNSTABLE = ["od_resnet101_1x", *(name for name in OD if "mobilenetv2" in name)]
+# at T = 1, on four noise images, rounding grows by 1e8 and more in these (asserted below)
+UNSTABLE = ["od_resnet50_4x", "od_resnet101_1x", *(name for name in OD if "mobilenetv2" in name)]
 
 
 @pytest.mark.parametrize("name", [name for name in OD if name not in UNSTABLE])
@@ -131,15 +137,18 @@ def test_last_temperature_of_unstable_odconv(name):
     model, state = loaded_model(name)
     set_temperature(model, 1.0)
     x = fill.make_input(record["input"], record["seed"]).double()
-    ours = logits_of(model, state, x)
-    rounded = logits_of(model, state, x * (1 + 1e-15))
+    ours, *others = (run(model, state, x * factor, record["targets"]) for factor in (1, 1 + 1e-15, 1 - 1e-15))
+    released = record["train"]["1.0"]
+    expected = {"train": released["logits"], "loss": released["loss"], "norm": released["grad_norm"]}
+    if "1.0" in record["eval"]:
+        expected["eval"] = record["eval"]["1.0"]["logits"]
     unstable = False
-    for mode, logits, other in zip(("train", "eval"), ours, rounded):
-        if "1.0" in record[mode]:
-            spread, own = logits.std(), (logits - other).abs().max()
-            unstable |= bool(own > 0.1 * NETWORK * spread)
-            expected = torch.tensor(record[mode]["1.0"]["logits"])
-            assert (logits[:, :8] - expected).abs().max() <= NETWORK * spread + 4 * own, mode
+    for what, value in expected.items():
+        own = max((other[what] - ours[what]).abs().max() for other in others)
+        scale = ours["norm"] if what == "norm" else ours["eval" if what == "eval" else "train"].std()
+        unstable |= bool(own > 0.1 * NETWORK * scale)
+        here = ours[what][:, :8] if ours[what].ndim else ours[what]
+        assert (here - torch.tensor(value)).abs().max() <= NETWORK * scale + 4 * own, what
     assert unstable, f"{name} is stable: compare it strictly"
 
 

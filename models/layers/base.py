@@ -18,6 +18,19 @@ def _tuple(value, dims, what):
     return value
 
 
+def check_choice(what, values, known):
+    """Raises ValueError for a value that is not among the known ones."""
+    for value in values:
+        if value not in known:
+            raise ValueError(f"unknown {what} '{value}', choose from {', '.join(known)}")
+
+
+def check_reduction(reduction):
+    """Raises ValueError for a reduction, the width of a hidden layer over that of its input, outside of (0, 1]."""
+    if not 0 < reduction <= 1:
+        raise ValueError(f"reduction {reduction} is not in (0, 1]")
+
+
 def pool(x, dim):
     """Mean over positions.  The gradient of a sum is a view where that of a mean is a tensor as large as x."""
     if x.dtype == torch.float16:
@@ -35,6 +48,11 @@ def conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """The convolution of x [B, C, *S] with one static kernel, in as many dimensions as S has."""
     operator = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[x.ndim - 2]
     return operator(x, weight, bias, stride, padding, dilation, groups)
+
+
+def scaled(x, factors):
+    """x [B, C, *S] times the factors of its channels, B * C of them."""
+    return x * factors.reshape(*x.shape[:2], *[1] * (x.ndim - 2))
 
 
 class AttentionNorm(nn.BatchNorm1d):
@@ -74,10 +92,22 @@ def reset_linear(module):
                 nn.init.zeros_(child.bias)
 
 
-class _DynamicLayer(nn.Module):
+class DynamicLayer(nn.Module):
+    """A convolution or linear layer of any method."""
+
     def _apply(self, fn, recurse=True):
         # sets of kernels are no images: `.to(memory_format=torch.channels_last)` of a model must pass them by
         return super()._apply(lambda t: fn(t.flatten(1)).view(t.shape) if t.ndim > 3 else fn(t), recurse)
+
+    def _make_kernels(self, bias, *sets, **kwargs):
+        """`weight` [*sets, O, I, *k], Kaiming-normal by fan-out, and `bias`: [O] of zeros, or None.
+
+        sets: K where the layer has K kernels, nothing where it has one.
+        """
+        self.weight = nn.Parameter(torch.empty(*sets, *self.kernel_shape, **kwargs))
+        self.bias = nn.Parameter(torch.zeros(self.out_channels, **kwargs)) if bias else None
+        for kernel in self.weight if sets else [self.weight]:
+            nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
 
     # whether an attention pools the input, which is a multiply-add for each of its values
     pools = True
@@ -101,7 +131,7 @@ class _DynamicLayer(nn.Module):
         return self.stride, self.padding, self.dilation, self.groups
 
 
-class _ConvNd(_DynamicLayer):
+class _ConvNd(DynamicLayer):
     """The arguments of a convolution, checked.  x [B, C_in, *S] -> [B, C_out, *S'].
 
     Raises ValueError for sizes that do not fit.
@@ -152,18 +182,24 @@ class _ConvNd(_DynamicLayer):
 
 
 class Conv1d(_ConvNd):
+    """x [B, C_in, L] -> [B, C_out, L']."""
+
     dims = 1
 
 
 class Conv2d(_ConvNd):
+    """x [B, C_in, H, W] -> [B, C_out, H', W']."""
+
     dims = 2
 
 
 class Conv3d(_ConvNd):
+    """x [B, C_in, D, H, W] -> [B, C_out, D', H', W']."""
+
     dims = 3
 
 
-class Linear(_DynamicLayer):
+class Linear(DynamicLayer):
     """A linear layer as a convolution of kernel size 1 over tokens.  x [B, ..., C_in] -> [B, ..., C_out].
 
     Attentions pool over all dimensions between the first and the last.

@@ -59,9 +59,7 @@ class _CGCLayer:
             raise ValueError("kernel_size 1: the context gates kernels of several positions; leave such layers static")
         kwargs = {"device": device, "dtype": dtype}
         self.attention = ContextGate(self.in_channels, self.out_channels, self.kernel_size, **kwargs)
-        self.weight = nn.Parameter(torch.empty(self.kernel_shape, **kwargs))
-        self.bias = nn.Parameter(torch.zeros(self.out_channels, **kwargs)) if bias else None
-        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        self._make_kernels(bias, **kwargs)
 
     @torch.no_grad()
     def keep_weight(self, weight):

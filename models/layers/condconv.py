@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from ..ops import mixture_conv
-from .base import Conv1d, Conv2d, Conv3d, Linear, global_pool
-from .relay import Relay
+from .base import Conv1d, Conv2d, Conv3d, Linear
+from .relay import BlockLayer
 
 
 class CondRouting(nn.Linear):
@@ -15,20 +15,16 @@ class CondRouting(nn.Linear):
         return super().forward(pooled).sigmoid()
 
 
-class _CondLayer:
+class _CondLayer(BlockLayer):
     def _setup(self, device, dtype, bias, *, kernel_num=8, relay=None, layer=""):
         if kernel_num < 1:
             raise ValueError(f"kernel_num {kernel_num} is below 1")
         kwargs = {"device": device, "dtype": dtype}
-        self.kernel_num, self.layer = kernel_num, layer
-        # layers of a block share the routing of its first layer, which sees the block's input
-        object.__setattr__(self, "_relay", relay or Relay([layer]))
-        self.leads = self._relay.layers[0] == layer
+        self.kernel_num = kernel_num
+        # layers of a block share the routing of its first layer
+        self._join(relay, layer)
         self.routing = CondRouting(self.in_channels, kernel_num, **kwargs) if self.leads else None
-        self.weight = nn.Parameter(torch.empty(kernel_num, *self.kernel_shape, **kwargs))
-        self.bias = nn.Parameter(torch.zeros(self.out_channels, **kwargs)) if bias else None
-        for kernel in self.weight:
-            nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
+        self._make_kernels(bias, kernel_num, **kwargs)
 
     @torch.no_grad()
     def keep_weight(self, weight):
@@ -38,19 +34,12 @@ class _CondLayer:
             self.routing.bias.zero_()
         self.weight.copy_(weight.reshape(self.kernel_shape) * (2.0 / self.kernel_num))
 
-    @property
-    def pools(self):
-        return self.leads
-
     def mixing_cost(self, positions):
         return self.weight.numel()
 
     def convolve(self, x):
-        if self.leads:
-            self._relay.start(self.routing(global_pool(x)))
-        alpha = self._relay.take(self.layer)
-        self._relay.hand_on(alpha)
-        return mixture_conv(x, alpha.unsqueeze(1), self.weight, self.kernel_size, self.bias, *self._geometry())
+        alpha = self._shared(x, self.routing).unsqueeze(1)
+        return mixture_conv(x, alpha, self.weight, self.kernel_size, self.bias, *self._geometry())
 
     def method_repr(self):
         return f"kernel_num={self.kernel_num}" + ("" if self.leads else f", routing of {self._relay.layers[0]}")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Conv1d, Conv2d, Conv3d, Linear, MapNorm, conv, global_pool, reset_linear
+from .base import Conv1d, Conv2d, Conv3d, Linear, MapNorm, check_reduction, conv, global_pool, reset_linear, scaled
 
 POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
@@ -58,8 +58,7 @@ class _DCDLayer:
         rank = int(inputs**0.5) if rank is None else rank
         if self.groups != 1:
             raise ValueError(f"groups {self.groups}: channels are fused across all of them; leave such layers static")
-        if not 0 < reduction <= 1:
-            raise ValueError(f"reduction {reduction} is not in (0, 1]")
+        check_reduction(reduction)
         hidden = max(int(max(inputs, rank**2) * reduction), 4) if hidden is None else hidden
         for name, value in (("pool", pool), ("rank", rank), ("hidden", hidden)):
             if value < 1:
@@ -67,12 +66,11 @@ class _DCDLayer:
         kwargs = {"device": device, "dtype": dtype}
         self.rank, self.pool = rank, pool
         self.attention = DCDBranch(inputs, self.out_channels, rank, hidden, **kwargs)
-        self.weight = nn.Parameter(torch.empty(self.kernel_shape, **kwargs))
-        self.bias = nn.Parameter(torch.zeros(self.out_channels, **kwargs)) if bias else None
+        self._make_kernels(bias, **kwargs)
         self.q = nn.Parameter(torch.empty(rank, self.in_channels, **kwargs))
         self.p = nn.Parameter(torch.empty(self.out_channels, rank, **kwargs))
         self.bn1, self.bn2 = MapNorm(rank, **kwargs), MapNorm(rank, **kwargs)
-        for parameter in (self.weight, self.q, self.p):
+        for parameter in (self.q, self.p):
             nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
 
     @torch.no_grad()
@@ -103,7 +101,7 @@ class _DCDLayer:
         z = self.bn2(phi @ z) + z
         z = conv(z.unflatten(2, size), self.p.reshape(*self.p.shape, *ones))
         y = conv(x, self.weight, self.bias, *self._geometry())
-        return y * scale.reshape(*scale.shape, *ones) + z
+        return scaled(y, scale) + z
 
     def method_repr(self):
         return f"rank={self.rank}, pool={self.pool}"

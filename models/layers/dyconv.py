@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops import mixture_conv
-from .base import Conv1d, Conv2d, Conv3d, Linear, global_pool, reset_linear
-from .odconv import KERNEL_FUNCTIONS, TEMPERATURES, caf, check_choice, check_temperature
+from .attention_functions import KERNEL_FUNCTIONS, Annealed, caf, last_temperature
+from .base import Conv1d, Conv2d, Conv3d, Linear, check_choice, check_reduction, global_pool, reset_linear
 
 
 class DYAttention(nn.Module):
@@ -18,14 +18,14 @@ class DYAttention(nn.Module):
     def __init__(self, in_channels, kernel_num, *, reduction=1 / 4, attention_function="softmax", device, dtype):
         super().__init__()
         check_choice("attention_function", [attention_function], KERNEL_FUNCTIONS)
-        if not 0 < reduction <= 1:
-            raise ValueError(f"reduction {reduction} is not in (0, 1]")
+        check_reduction(reduction)
         self.attention_function = attention_function
         hidden = max(int(in_channels * reduction), 1)
         self.fc1 = nn.Linear(in_channels, hidden, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, kernel_num, device=device, dtype=dtype)
-        last = torch.tensor(TEMPERATURES[attention_function][1], device=device, dtype=dtype)
-        self.register_buffer("temperature", last, persistent=False)
+        self.register_buffer(
+            "temperature", last_temperature(attention_function, device=device, dtype=dtype), persistent=False
+        )
         reset_linear(self)
 
     def forward(self, pooled):
@@ -35,27 +35,14 @@ class DYAttention(nn.Module):
         return (z / self.temperature.to(z.dtype)).softmax(dim=1)
 
 
-class _DYLayer:
+class _DYLayer(Annealed):
     def _setup(self, device, dtype, bias, *, kernel_num=4, **attention):
         if kernel_num < 2:
             raise ValueError(f"kernel_num {kernel_num} is below 2: the attentions to a single kernel are constant")
         kwargs = {"device": device, "dtype": dtype}
         self.kernel_num = kernel_num
         self.attention = DYAttention(self.in_channels, kernel_num, **attention, **kwargs)
-        self.weight = nn.Parameter(torch.empty(kernel_num, *self.kernel_shape, **kwargs))
-        self.bias = nn.Parameter(torch.zeros(self.out_channels, **kwargs)) if bias else None
-        for kernel in self.weight:
-            nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
-
-    def set_temperature(self, temperature):
-        """T of the softmax, from 30 to 1; with the attention function "caf" its tau, from 1 to 0."""
-        check_temperature(temperature, self.attention.attention_function)
-        self.attention.temperature.fill_(temperature)
-
-    @property
-    def temperatures(self):
-        """(first, last) temperature of the training schedule."""
-        return TEMPERATURES[self.attention.attention_function]
+        self._make_kernels(bias, kernel_num, **kwargs)
 
     @torch.no_grad()
     def keep_weight(self, weight):

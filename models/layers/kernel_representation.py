@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, global_pool
+from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, check_reduction, global_pool
 from .odconv import ATTENTIONS, ODHeads, _ODLayer
 from .relay import Relay
 
@@ -99,8 +99,7 @@ def unit_parts(
     geometries: (C_in, C_out, taps, groups) of the layers, in their order.  given: D_i; generated: what the unit
     appends; 0 for none.  Raises ValueError for settings that do not fit.
     """
-    if not 0 < reduction <= 1:
-        raise ValueError(f"reduction {reduction} is not in (0, 1]")
+    check_reduction(reduction)
     kwargs = {"device": device, "dtype": dtype}
     in_channels = geometries[0][0]
     hidden = max(int(in_channels * reduction), LEAST_WIDTH)
@@ -191,9 +190,6 @@ class KRClassifier(nn.Linear):
         super().__init__(in_features + representation, out_features, bias, device=device, dtype=dtype)
         self.layer = layer
         object.__setattr__(self, "_relay", relay)
-
-    # one layer has one method
-    is_dynamic = True
 
     @torch.no_grad()
     def keep_weight(self, weight):

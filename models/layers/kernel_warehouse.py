@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import mixture_conv
-from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, global_pool
-from .odconv import ODHeads, check_choice, check_temperature
+from ..ops import mixture_conv, with_bias
+from .attention_functions import check_temperature
+from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, check_choice, check_reduction, global_pool, scaled
+from .odconv import ODHeads
 from .warehouse import Warehouse
 
 ATTENTION_FUNCTIONS = ("caf", "softmax", "sigmoid", "relu")
@@ -43,14 +44,9 @@ class KWAttention(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if attention_function not in ATTENTION_FUNCTIONS:
-            raise ValueError(
-                f"unknown attention_function '{attention_function}', choose from {', '.join(ATTENTION_FUNCTIONS)}"
-            )
-        if norm not in ("batch", "layer"):
-            raise ValueError(f"unknown norm '{norm}' of the attention, choose 'batch' or 'layer'")
-        if not 0 < reduction <= 1:
-            raise ValueError(f"reduction {reduction} of the attention is not in (0, 1]")
+        check_choice("attention_function", [attention_function], ATTENTION_FUNCTIONS)
+        check_choice("norm", [norm], ("batch", "layer"))
+        check_reduction(reduction)
         kwargs = {"device": device, "dtype": dtype}
         self.m, self.n = beta.shape[0], beta.shape[1] - 1
         self.own_cells, self.attention_function = own_cells, attention_function
@@ -170,7 +166,7 @@ class _KWLayer:
 
     def _make_heads(self, attentions, device, dtype):
         """KW* (Table 17): ODConv's attentions along the other dimensions, from the same hidden vector."""
-        check_choice("attentions of KW*", attentions, ("spatial", "channel", "filter"))
+        check_choice("attention of KW*", attentions, ("spatial", "channel", "filter"))
         taps, window = math.prod(self.kernel_size), math.prod(self._warehouse.cells.shape[3:])
         if "spatial" in attentions and window > 1:
             raise ValueError(f"layer '{self.layer}': the spatial attention needs spatial_partition, cells of one tap")
@@ -212,19 +208,15 @@ class _KWLayer:
     def convolve(self, x):
         hidden = self.attention.hidden(global_pool(x))
         alpha, heads = self.attention.attend(hidden), self.heads.attend(hidden) if self.heads else {}
-        ones = [1] * len(self.kernel_size)
         if "spatial" in heads:
             # mixtures go position after position
             spatial = heads["spatial"].transpose(1, 2).unsqueeze(3)
             alpha = (alpha.unflatten(1, (spatial.shape[1], -1)) * spatial).flatten(1, 2)
         if "channel" in heads:
-            x = x * heads["channel"].reshape(*x.shape[:2], *ones)
+            x = scaled(x, heads["channel"])
         bias = None if "filter" in heads else self.bias
         y = mixture_conv(x, alpha, self._warehouse.cells, self.kernel_size, bias, *self._geometry())
-        if "filter" in heads:
-            y = y * heads["filter"].reshape(*y.shape[:2], *ones)
-            y = y if self.bias is None else y + self.bias.reshape(-1, *ones).to(y.dtype)
-        return y
+        return with_bias(scaled(y, heads["filter"]), self.bias) if "filter" in heads else y
 
     def method_repr(self):
         return f"warehouse={self._warehouse.name}"

@@ -9,14 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import mixture_conv, sample_conv
-from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, global_pool, reset_linear
+from ..ops import mixture_conv, sample_conv, with_bias
+from .attention_functions import KERNEL_FUNCTIONS, Annealed, caf, last_temperature
+from .base import (
+    AttentionNorm,
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Linear,
+    check_choice,
+    check_reduction,
+    conv,
+    global_pool,
+    reset_linear,
+    scaled,
+)
 
 ATTENTIONS = ("spatial", "channel", "filter", "kernel")
 SPATIAL_FUNCTIONS = ("sigmoid", "softmax")
-KERNEL_FUNCTIONS = ("softmax", "caf")
-# attention function -> (first, last) temperature of the training schedule
-TEMPERATURES = {"softmax": (30.0, 1.0), "caf": (1.0, 0.0)}
 
 
 class Head(nn.Linear):
@@ -28,27 +38,6 @@ class Head(nn.Linear):
 
     def forward(self, x):
         return F.linear(x, self.weight.flatten(1), self.bias)
-
-
-def check_temperature(temperature, function):
-    """Raises ValueError for a temperature outside of what an attention function takes."""
-    if function == "caf" and not 0.0 <= temperature <= 1.0:
-        raise ValueError(f"temperature {temperature} is not in [0, 1]")
-    if function == "softmax" and not temperature > 0.0:
-        raise ValueError(f"temperature {temperature} must be above 0: logits are divided by it (30 to 1 in training)")
-
-
-def check_choice(what, values, known):
-    for value in values:
-        if value not in known:
-            raise ValueError(f"{what}: unknown '{value}', choose from {', '.join(known)}")
-
-
-def caf(z, temperature):
-    """KernelWarehouse's attention function (equation 4) over logits [B, n]; the first kernel is the initial one."""
-    alpha = z / (z.abs().sum(dim=1, keepdim=True) + 1e-3)
-    beta = F.one_hot(torch.zeros((), dtype=torch.long, device=z.device), z.shape[1]).to(z.dtype)
-    return torch.lerp(alpha, beta.expand_as(alpha), temperature.to(z.dtype))
 
 
 class ODHeads(nn.Module):
@@ -81,7 +70,7 @@ class ODHeads(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        check_choice("attentions", attentions, ATTENTIONS)
+        check_choice("attention", attentions, ATTENTIONS)
         check_choice("spatial_function", [spatial_function], SPATIAL_FUNCTIONS)
         check_choice("attention_function", [attention_function], KERNEL_FUNCTIONS)
         if not attentions:
@@ -105,8 +94,9 @@ class ODHeads(nn.Module):
             size = sizes[name] * (1 if name == "kernel" else self.sets)
             self.add_module(f"{name}_fc", Head(hidden, size, device=device, dtype=dtype))
         # not part of the state_dict, as in released checkpoints: it follows from the training schedule
-        last = torch.tensor(TEMPERATURES[attention_function][1], device=device, dtype=dtype)
-        self.register_buffer("temperature", last, persistent=False)
+        self.register_buffer(
+            "temperature", last_temperature(attention_function, device=device, dtype=dtype), persistent=False
+        )
         reset_linear(self)
 
     def attend(self, hidden):
@@ -184,8 +174,7 @@ class ODAttention(ODHeads):
         dtype=None,
         **heads,
     ):
-        if not 0 < reduction <= 1:
-            raise ValueError(f"reduction {reduction} is not in (0, 1]")
+        check_reduction(reduction)
         hidden = max(int(in_channels * reduction), 16)
         kwargs = {"device": device, "dtype": dtype}
         super().__init__(hidden, in_channels, out_channels, taps, groups, kernel_num, **heads, **kwargs)
@@ -207,7 +196,7 @@ class ODAttention(ODHeads):
         return self.attend(F.relu(self.bn(self.fc(pooled))))
 
 
-class _ODLayer:
+class _ODLayer(Annealed):
     """Equation 2: kernels times their attentions, added up, and convolved."""
 
     def _setup(self, device, dtype, bias, *, kernel_num=1, **attention):
@@ -216,24 +205,11 @@ class _ODLayer:
         kwargs = {"device": device, "dtype": dtype}
         self.kernel_num, self.taps = kernel_num, math.prod(self.kernel_size)
         self.attention = self._make_attention(**attention, **kwargs)
-        self.weight = nn.Parameter(torch.empty(kernel_num, *self.kernel_shape, **kwargs))
-        self.bias = nn.Parameter(torch.zeros(self.out_channels, **kwargs)) if bias else None
-        for kernel in self.weight:
-            nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
+        self._make_kernels(bias, kernel_num, **kwargs)
 
     def _make_attention(self, **settings):
         sizes = self.in_channels, self.out_channels, self.taps, self.groups, self.kernel_num
         return ODAttention(*sizes, dims=len(self.kernel_size), **settings)
-
-    def set_temperature(self, temperature):
-        """T that the logits are divided by, from 30 to 1; with the attention function "caf" its tau, from 1 to 0."""
-        check_temperature(temperature, self.attention.attention_function)
-        self.attention.temperature.fill_(temperature)
-
-    @property
-    def temperatures(self):
-        """(first, last) temperature of the training schedule."""
-        return TEMPERATURES[self.attention.attention_function]
 
     @torch.no_grad()
     def keep_weight(self, weight):
@@ -253,25 +229,23 @@ class _ODLayer:
 
     def modulated(self, x, attentions):
         """y of x [B, C, *S] and attentions as `ODHeads` returns them."""
-        ones = [1] * len(self.kernel_size)
         if self.attention.sets > 1:
             return sample_conv(x, self._separate_kernels(attentions), self.bias, *self._geometry())
         # attention of channels and filters acts on what goes in and out: no kernel per sample needs it
         if "channel" in attentions:
-            x = x * attentions["channel"].reshape(*x.shape[:2], *ones)
+            x = scaled(x, attentions["channel"])
         alpha, cells = attentions.get("kernel"), self.weight
         if "spatial" in attentions:
             alpha, cells = self._position_by_position(attentions["spatial"], alpha)
         elif alpha is not None:
             alpha = alpha.unsqueeze(1)
         if alpha is None:
-            conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.kernel_size)]
             y = conv(x, self.weight[0], None, *self._geometry())
         else:
             y = mixture_conv(x, alpha, cells, self.kernel_size, None, *self._geometry())
         if "filter" in attentions:
-            y = y * attentions["filter"].reshape(*y.shape[:2], *ones)
-        return y if self.bias is None else y + self.bias.reshape(-1, *ones).to(y.dtype)
+            y = scaled(y, attentions["filter"])
+        return with_bias(y, self.bias)
 
     def _position_by_position(self, spatial, alpha):
         """alpha [B, T, K T] and cells [K T, O, I, 1...]: position t is mixed from its own slices of the kernels."""

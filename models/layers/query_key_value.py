@@ -1,5 +1,7 @@
 """The projection of self-attention with its value apart, so that query and key can stay static."""
 
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -28,14 +30,18 @@ class QueryKeyValue(nn.Module):
         return torch.cat([self.query_key(x), self.value(x)], dim=-1)
 
 
+@contextmanager
 def split_projections(model):
     """Put `QueryKeyValue` in the place of every `qkv` of a model, which computes what it did.
 
-    Returns the modules, with the layers that were replaced.
+    They stay, unless the body of the `with` statement raises.
     """
-    replaced = []
-    for module in list(model.modules()):
-        if isinstance(getattr(module, "qkv", None), nn.Linear):
-            replaced.append((module, module.qkv))
-            module.qkv = QueryKeyValue(module.qkv).train(module.training)
-    return replaced
+    whole = [(module, module.qkv) for module in model.modules() if isinstance(getattr(module, "qkv", None), nn.Linear)]
+    for module, qkv in whole:
+        module.qkv = QueryKeyValue(qkv).train(module.training)
+    try:
+        yield
+    except BaseException:
+        for module, qkv in whole:
+            module.qkv = qkv
+        raise

@@ -2,6 +2,8 @@
 
 import threading
 
+from .base import global_pool
+
 
 class Relay(threading.local):
     """A value that passes from layer to layer, and is gone with the last one.
@@ -49,3 +51,26 @@ class Relay(threading.local):
 
     def __reduce__(self):
         return Relay, (self.layers,)
+
+
+class BlockLayer:
+    """A layer of a block whose first layer computes, from the block's input, what all of its layers share."""
+
+    def _join(self, relay, layer):
+        """relay: of the layers of the block, None for a layer that stands alone; layer: this one's name among them."""
+        self.layer = layer
+        object.__setattr__(self, "_relay", relay or Relay([layer]))
+        self.leads = self._relay.layers[0] == layer
+
+    @property
+    def pools(self):
+        """Whether this layer pools its input, as the first one of a block does."""
+        return self.leads
+
+    def _shared(self, x, compute):
+        """What the first layer computes of its pooled input [B, C]."""
+        if self.leads:
+            self._relay.start(compute(global_pool(x)))
+        value = self._relay.take(self.layer)
+        self._relay.hand_on(value)
+        return value

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Conv1d, Conv2d, Conv3d, Linear, conv, reset_linear
-from .odconv import check_choice
+from .base import Conv1d, Conv2d, Conv3d, Linear, check_choice, check_reduction, conv, reset_linear
 
 EXCITATIONS = ("location", "magnitude")
 # the largest magnitude over the one at which the activation would be infinite is 1 / (1 + MARGIN)
@@ -58,20 +57,17 @@ class LocationExcitation(nn.Module):
 
 class _WELayer:
     def _setup(self, device, dtype, bias, *, excitations=EXCITATIONS, standardise=True, reduction=1 / 16):
-        check_choice("excitations", excitations, EXCITATIONS)
+        check_choice("excitation", excitations, EXCITATIONS)
         if not excitations:
             raise ValueError(f"excitations is empty; name at least one of {', '.join(EXCITATIONS)}")
-        if not 0 < reduction <= 1:
-            raise ValueError(f"reduction {reduction} is not in (0, 1]")
+        check_reduction(reduction)
         kwargs = {"device": device, "dtype": dtype}
         self.excitations = tuple(name for name in EXCITATIONS if name in excitations)
         # the few weights of a depth-wise kernel would lose what sets them apart
         self.standardise = standardise and self.kernel_shape[1] > 1
         located = "location" in excitations
         self.attention = LocationExcitation(self.kernel_shape[1], reduction, **kwargs) if located else None
-        self.weight = nn.Parameter(torch.empty(self.kernel_shape, **kwargs))
-        self.bias = nn.Parameter(torch.zeros(self.out_channels, **kwargs)) if bias else None
-        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        self._make_kernels(bias, **kwargs)
 
     @torch.no_grad()
     def keep_weight(self, weight):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..ops import sample_conv
-from .base import Conv1d, Conv2d, Conv3d, Linear, global_pool, reset_linear
-from .relay import Relay
+from .base import Conv1d, Conv2d, Conv3d, Linear, check_reduction, reset_linear
+from .relay import BlockLayer
 
 
 def hidden_width(in_channels, reduction):
@@ -20,30 +20,25 @@ def hidden_width(in_channels, reduction):
     return max(int(in_channels * reduction), 16)
 
 
-class _WeightNetLayer:
+class _WeightNetLayer(BlockLayer):
     def _setup(
         self, device, dtype, bias, *, kernel_num=1, slices=2, reduction=1 / 16, hidden=None, relay=None, layer=""
     ):
-        if not 0 < reduction <= 1:
-            raise ValueError(f"reduction {reduction} is not in (0, 1]")
+        check_reduction(reduction)
         hidden = hidden_width(self.in_channels, reduction) if hidden is None else hidden
         for name, value in (("kernel_num", kernel_num), ("slices", slices), ("hidden", hidden)):
             if value < 1:
                 raise ValueError(f"{name} {value} is below 1")
         kwargs = {"device": device, "dtype": dtype}
-        self.kernel_num, self.layer = kernel_num, layer
+        self.kernel_num = kernel_num
         # what cannot be cut, as depth-wise kernels, is a single slice
         self.slices = 1 if math.prod(self.kernel_shape[1:]) % slices else slices
-        # layers of a block share the reduced input of the first one, which sees the block's input
-        object.__setattr__(self, "_relay", relay or Relay([layer]))
-        self.leads = self._relay.layers[0] == layer
+        # layers of a block share the reduced input of its first layer
+        self._join(relay, layer)
         self.reduce = nn.Linear(self.in_channels, hidden, **kwargs) if self.leads else None
         self.attend = nn.Linear(hidden, self.out_channels * self.slices * kernel_num, **kwargs)
         reset_linear(self)
-        self.weight = nn.Parameter(torch.empty(kernel_num, *self.kernel_shape, **kwargs))
-        self.bias = nn.Parameter(torch.zeros(self.out_channels, **kwargs)) if bias else None
-        for kernel in self.weight:
-            nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
+        self._make_kernels(bias, kernel_num, **kwargs)
 
     @torch.no_grad()
     def keep_weight(self, weight):
@@ -51,20 +46,12 @@ class _WeightNetLayer:
         self.weight.copy_(weight.reshape(self.kernel_shape) * (2.0 / self.kernel_num))
         self.attend.weight.zero_()
 
-    @property
-    def pools(self):
-        """Whether this layer pools its input, as the first one of a block does."""
-        return self.leads
-
     def mixing_cost(self, positions):
         """The grouped linear layer that generates the kernel."""
         return self.weight.numel()
 
     def convolve(self, x):
-        if self.leads:
-            self._relay.start(self.reduce(global_pool(x)))
-        hidden = self._relay.take(self.layer)
-        self._relay.hand_on(hidden)
+        hidden = self._shared(x, self.reduce)
         # [B, O * G, K] and [K, O * G, I * T / G]: the grouped linear layer has a matrix per group
         alpha = self.attend(hidden).sigmoid().unflatten(1, (-1, self.kernel_num))
         matrices = self.weight.reshape(self.kernel_num, alpha.shape[1], -1).to(alpha.dtype)

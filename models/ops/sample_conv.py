@@ -25,7 +25,7 @@ def sample_conv(x, kernels, bias=None, stride=1, padding=0, dilation=1, groups=1
         patches = F.unfold(x, window, dilation, padding, stride)
     else:
         return grouped_sample_conv(x, kernels, bias, stride, padding, dilation, groups)
-    return _with_bias((kernels.flatten(2) @ patches).unflatten(2, out), bias)
+    return with_bias((kernels.flatten(2) @ patches).unflatten(2, out), bias)
 
 
 def grouped_sample_conv(x, kernels, bias, stride, padding, dilation, groups):
@@ -38,9 +38,9 @@ def grouped_sample_conv(x, kernels, bias, stride, padding, dilation, groups):
         return conv(x, kernel, bias, stride, padding, dilation, groups)
     x = x.reshape(1, batch * c_in, *x.shape[2:])
     y = conv(x, kernels.flatten(0, 1), None, stride, padding, dilation, batch * groups)
-    return _with_bias(y.reshape(batch, kernels.shape[1], *y.shape[2:]), bias)
+    return with_bias(y.reshape(batch, kernels.shape[1], *y.shape[2:]), bias)
 
 
-def _with_bias(y, bias):
-    """In the type of the convolution, which autocast chooses."""
+def with_bias(y, bias):
+    """y [B, O, *S] plus the bias, [O] or None, in the type of the convolution, which autocast chooses."""
     return y if bias is None else y + bias.reshape(1, -1, *[1] * (y.ndim - 2)).to(y.dtype)
