@@ -16,7 +16,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from helpers import KW, METHODS, METHODS_OF_RUNS, ROOT, quick, read_log, words
+from helpers import KW, METHODS, METHODS_OF_RUNS, ROOT, make_image_folder, quick, read_log, words
 
 import engine
 import main
@@ -235,7 +235,7 @@ assert not save_checkpoint(path, {{"model": torch.zeros(1_000_000)}})
 # at 16 pixels the last stage sees single pixels, where oneDNN's bfloat16 weight gradient of a strided 3x3 convolution
 # holds memory that was never written
 FULL = {
-    "input_size": 32, "epochs": 3, "batch_size": 128, "update_freq": 2, "temp_epoch": 4,
+    "data_set": "IMNET", "input_size": 32, "epochs": 3, "batch_size": 8, "update_freq": 2, "temp_epoch": 4,
     "mixup": 0.5, "cutmix": 0.5, "drop_path": 0.2, "dropout": 0.1, "clip_grad": 5.0, "use_amp": True,
     "model_ema": True, "model_ema_eval": True, "model_ema_decay": 0.9,
 }  # fmt: skip
@@ -246,13 +246,19 @@ class Stop(BaseException):
 
 
 @pytest.fixture(scope="module")
-def run_of(tmp_path_factory):
+def images(tmp_path_factory):
+    """Of five updates an epoch."""
+    return make_image_folder(tmp_path_factory.mktemp("images"), train=80, val=20)
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory, images):
     """Method -> the output folder of a whole run of it."""
 
     @functools.cache
     def run(method):
         folder = tmp_path_factory.mktemp("unbroken")
-        assert main.main(quick(**FULL, **METHODS[method], output_dir=folder)) == 0
+        assert main.main(quick(**FULL, **METHODS[method], data_path=images, output_dir=folder)) == 0
         return folder
 
     return run
@@ -264,9 +270,9 @@ def unbroken(run_of):
 
 
 @pytest.mark.parametrize("method", METHODS_OF_RUNS)
-def test_resumed_run_equals_the_unbroken_one(method, run_of, tmp_path, monkeypatch):
+def test_resumed_run_equals_the_unbroken_one(method, run_of, images, tmp_path, monkeypatch):
     """Stopped in the second epoch, and continued with another number of loader processes."""
-    unbroken, options = run_of(method), {**FULL, **METHODS[method]}
+    unbroken, options = run_of(method), {**FULL, **METHODS[method], "data_path": images}
     train = engine.train_one_epoch
 
     def stop_in_epoch_1(*args, epoch, **kwargs):
@@ -305,7 +311,7 @@ def test_run_writes_what_it_promises(method, run_of):
     assert [line["epoch"] for line in log] == [0, 1, 2]
     assert log[-1]["best_acc1"] == max(line["test_acc1"] for line in log)
     assert log[-1]["best_acc1_ema"] == max(line["test_acc1_ema"] for line in log)
-    model = build_model(METHODS[method], num_classes=10)
+    model = build_model(METHODS[method], num_classes=3)
     first, last = temperature_range(model)
     temperature = last + (first - last) * (1 - (3 * 5 - 1) / (4 * 5))
     assert log[-1]["train_temperature"] == pytest.approx(temperature)
@@ -315,11 +321,12 @@ def test_run_writes_what_it_promises(method, run_of):
 
 
 @pytest.mark.parametrize("method", METHODS_OF_RUNS)
-def test_evaluation_prints_what_training_logged(method, run_of, capsys):
+def test_evaluation_prints_what_training_logged(method, run_of, images, capsys):
     """Live and EMA weights, at the temperature in the middle of its schedule."""
     unbroken = run_of(method)
     line = read_log(unbroken)[-1]
-    common = {**METHODS[method], "input_size": 32, "use_amp": True, "batch_size": 128, "eval": True}
+    common = {**METHODS[method], "data_path": images, "eval": True}
+    common |= {key: FULL[key] for key in ("data_set", "input_size", "use_amp", "batch_size")}
     assert main.main(quick(**common, resume=unbroken / "checkpoint-2.pth", model_ema_eval=True)) == 0
     out = capsys.readouterr().out
     for title, suffix in (("", ""), ("EMA ", "_ema")):
