@@ -35,7 +35,7 @@ for record in OD.values():
 DATA = {**KW, **OD}
 # the largest one last
 DYNAMIC = sorted((name for name in KW if name.startswith("kw")), key=lambda name: KW[name]["params"])
-SMALL = ["kw1x_resnet18", "kw1d2x_resnet18", "kw1d2x_mobilenetv2_050", "kw1x_mobilenetv2_050"]
+SMALL = ["kw1x_resnet18", "kw1d2x_mobilenetv2_050", "kw1x_mobilenetv2_050", "kw1x_convnext_tiny"]
 
 
 def released_state(record):
@@ -59,55 +59,72 @@ def loaded_model(name):
     return model, {key: value.clone() for key, value in model.state_dict().items()}
 
 
-def run(model, state, x, targets):
+def run(model, state, x, targets, order=None):
     """A pass in train mode, its gradient, and a pass in eval mode with the statistics of the first: name -> values."""
     model.load_state_dict(state)
     model.train().zero_grad()
-    logits = model(x)
-    loss = F.cross_entropy(logits, torch.tensor(targets))
-    loss.backward()
-    norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
-    with torch.no_grad():
-        evaluated = model.eval()(x)
-    return {"train": logits.detach(), "loss": loss.detach(), "norm": norm, "eval": evaluated}
-
-
-def compare(name, temperature, order=None):
-    record = DATA[name]
-    model, state = loaded_model(name)
-    model.load_state_dict(state)
-    set_temperature(model, float(temperature))
-    model.train().zero_grad()
-    x = fill.make_input(record["input"], record["seed"]).double()
-    expected = record["train"][temperature]
-
     with forced_order(order):
         logits = model(x)
-        loss = F.cross_entropy(logits, torch.tensor(record["targets"]))
+        loss = F.cross_entropy(logits, torch.tensor(targets))
         loss.backward()
         with torch.no_grad():
             evaluated = model.eval()(x)
+    norms = {key: p.grad.norm() for key, p in model.named_parameters()}
+    total = torch.stack(list(norms.values())).norm()
+    return {"train": logits.detach(), "loss": loss.detach(), "eval": evaluated, "norm": total, "norms": norms}
 
-    spread = logits.detach().std()
-    assert (logits[:, :8] - torch.tensor(expected["logits"])).abs().max() <= NETWORK * spread
-    assert abs(loss - expected["loss"]) <= NETWORK * spread
-    if temperature in record["eval"]:
-        expected_eval = record["eval"][temperature]
-        difference = (evaluated[:, :8] - torch.tensor(expected_eval["logits"])).abs().max()
-        assert difference <= NETWORK * expected_eval["std"]
 
-    parameters = dict(model.named_parameters())
-    norms = expected["grad_norm"]
-    if isinstance(norms, dict):
-        ours = released_keys(model, {key: key for key in record["keys"]})
-        largest = max(norms.values())
-        for key, released in ours.items():
-            if released in norms:
-                norm = float(parameters[key].grad.norm())
-                assert abs(norm - norms[released]) <= NETWORK * max(norm, 1e-3 * largest), key
+def difference(ours, expected):
+    """How far a run is from what was expected, each number in units of what it may differ by."""
+    spread = ours["train"].std()
+    found = {
+        "train": (ours["train"][:, :8] - expected["train"]).abs().max() / spread,
+        "loss": (ours["loss"] - expected["loss"]).abs() / spread,
+    }
+    if "eval" in expected:
+        found["eval"] = (ours["eval"][:, :8] - expected["eval"]).abs().max() / ours["eval"].std()
+    if "norms" in expected:
+        largest = max(expected["norms"].values())
+        for key, norm in expected["norms"].items():
+            found[key] = (ours["norms"][key] - norm).abs() / max(ours["norms"][key], 1e-3 * largest)
     else:
-        total = torch.sqrt(sum((p.grad**2).sum() for p in parameters.values()))
-        assert abs(total - norms) <= NETWORK * norms
+        found["norm"] = (ours["norm"] - expected["norm"]).abs() / expected["norm"]
+    return {what: float(value) / NETWORK for what, value in found.items()}
+
+
+def compare(name, temperature, order=None, strict=True):
+    """All numbers of a released model at a temperature, to 1e-6.
+
+    strict False is for the temperatures at which some of these networks, on a few images of noise, amplify rounding by
+    1e9 and more: there they have to agree as far as the network agrees with itself when its input is rounded
+    differently.
+    """
+    record = DATA[name]
+    model, state = loaded_model(name)
+    set_temperature(model, float(temperature))
+    x = fill.make_input(record["input"], record["seed"]).double()
+    ours = run(model, state, x, record["targets"], order)
+
+    released = record["train"][temperature]
+    expected = {"train": torch.tensor(released["logits"]), "loss": released["loss"]}
+    if temperature in record["eval"]:
+        expected["eval"] = torch.tensor(record["eval"][temperature]["logits"])
+    if isinstance(released["grad_norm"], dict):
+        keys = released_keys(model, {key: key for key in record["keys"]})
+        norms = released["grad_norm"]
+        expected["norms"] = {key: norms[old] for key, old in keys.items() if old in norms}
+        assert len(expected["norms"]) > 10
+    else:
+        expected["norm"] = released["grad_norm"]
+    found = difference(ours, expected)
+    allowed = dict.fromkeys(found, 1.0)
+    if not strict and max(found.values()) > 1:
+        again, *rounded = (run(model, state, x * f, record["targets"], order) for f in (1, 1 + 1e-15, 1 - 1e-15))
+        assert torch.equal(again["train"], ours["train"]), "the same input gives the same numbers"
+        here = {**ours, "train": ours["train"][:, :8], "eval": ours["eval"][:, :8]}
+        own = [difference(other, {key: here[key] for key in expected}) for other in rounded]
+        allowed = {what: 1 + 4 * max(other[what] for other in own) for what in found}
+    assert {what: value for what, value in found.items() if not value <= allowed[what]} == {}
 
 
 def last_temperature(name):
@@ -120,36 +137,10 @@ def test_released_model(name):
     compare(name, last_temperature(name))
 
 
-# at T = 1, on four noise images, rounding grows by 1e8 and more in these (asserted below)
-UNSTABLE = ["od_resnet50_4x", "od_resnet101_1x", *(name for name in OD if "mobilenetv2" in name)]
-
-
-@pytest.mark.parametrize("name", [name for name in OD if name not in UNSTABLE])
+@pytest.mark.parametrize("name", OD)
 def test_last_temperature_of_odconv(name):
     """The one that released models are evaluated at."""
-    compare(name, "1.0")
-
-
-@pytest.mark.parametrize("name", UNSTABLE)
-def test_last_temperature_of_unstable_odconv(name):
-    """They agree as far as a network agrees with itself when its input is rounded differently."""
-    record = DATA[name]
-    model, state = loaded_model(name)
-    set_temperature(model, 1.0)
-    x = fill.make_input(record["input"], record["seed"]).double()
-    ours, *others = (run(model, state, x * factor, record["targets"]) for factor in (1, 1 + 1e-15, 1 - 1e-15))
-    released = record["train"]["1.0"]
-    expected = {"train": released["logits"], "loss": released["loss"], "norm": released["grad_norm"]}
-    if "1.0" in record["eval"]:
-        expected["eval"] = record["eval"]["1.0"]["logits"]
-    unstable = False
-    for what, value in expected.items():
-        own = max((other[what] - ours[what]).abs().max() for other in others)
-        scale = ours["norm"] if what == "norm" else ours["eval" if what == "eval" else "train"].std()
-        unstable |= bool(own > 0.1 * NETWORK * scale)
-        here = ours[what][:, :8] if ours[what].ndim else ours[what]
-        assert (here - torch.tensor(value)).abs().max() <= NETWORK * scale + 4 * own, what
-    assert unstable, f"{name} is stable: compare it strictly"
+    compare(name, "1.0", strict=False)
 
 
 @pytest.mark.parametrize("name", [name for name in OD if "resnet" in name])
@@ -162,20 +153,12 @@ def test_keys_and_shapes_of_odconv(name):
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("temperature", ["0.0", "1.0"])
 def test_temperature(name, temperature):
-    compare(name, temperature)
+    compare(name, temperature, strict=False)
 
 
-def takes_long(order, name):
-    return name == DYNAMIC[-1] or (order == "mixed" and "resnet50" in name)
-
-
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
-    ("order", "name"),
-    [
-        pytest.param(order, name, marks=[pytest.mark.slow] if takes_long(order, name) else [])
-        for name in DYNAMIC
-        for order in ORDERS
-    ],
+    "name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in DYNAMIC if name not in SMALL)]
 )
 def test_order(order, name):
     compare(name, last_temperature(name), order)
@@ -186,7 +169,7 @@ def test_order(order, name):
 @pytest.mark.parametrize("order", [None, *ORDERS])
 def test_every_temperature(order, name):
     for temperature in DATA[name]["train"]:
-        compare(name, temperature, order)
+        compare(name, temperature, order, strict=False)
 
 
 @pytest.mark.parametrize(
