@@ -111,7 +111,14 @@ def convert_warehouses(
             groups = explicit(model, warehouses)
             per = per_warehouse(settings, list(groups))
             for name, own in warehouses.items():
-                per[name].update({key: value for key, value in own.items() if key != "layers"})
+                own = {key: value for key, value in own.items() if key != "layers"}
+                unknown = [key for key in own if key not in WAREHOUSE_SETTINGS]
+                if unknown:
+                    raise ValueError(
+                        f"warehouse '{name}' has no setting '{unknown[0]}', choose from layers, "
+                        f"{', '.join(WAREHOUSE_SETTINGS)}"
+                    )
+                per[name].update(own)
         else:
             plan = plan(model) if callable(plan) else plan
             groups = group(share(plan, own_sharing if sharing_range is None else sharing_range))

@@ -296,6 +296,8 @@ def explicit(model, warehouses):
     names = list(_layers(model))
     owner, groups = {}, {}
     for warehouse, settings in warehouses.items():
+        if not settings.get("layers"):
+            raise ValueError(f"warehouse '{warehouse}' has no layers; give it a list of names or patterns as 'layers'")
         found = set()
         for pattern in settings["layers"]:
             matches = fnmatch.filter(names, pattern)

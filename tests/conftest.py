@@ -1,8 +1,14 @@
 """Options and fixtures of all tests."""
 
+import os
+
 from models.threads import wait_briefly
 
 wait_briefly()
+# of several processes each has a thread, and so have those that it starts
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+if THREADS == 1:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -25,8 +31,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def deterministic():
-    """The same numbers in every run, on two threads."""
-    torch.set_num_threads(2)
+    """The same numbers in every run."""
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
 
 

@@ -26,6 +26,7 @@ def benchmark(*arguments, script="benchmark.py", **env):
 
 # 2.0 to 2.4 and 22 to 25 were measured on two free cores; a busy machine slows the two unequally.
 @pytest.mark.skipif(compiler() is None, reason="slower without a C++ compiler")
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("batch", "size", "modes", "factor"), [(8, 224, ("inference", "training"), 1.4), (64, 32, ("inference",), 10)]
 )
@@ -93,6 +94,7 @@ def test_loading(tmp_path):
     assert all(f"{value:.1f} images/s"[:4] in result.stdout for value in rows.values())
 
 
+@pytest.mark.alone
 def test_costs_are_fitted():
     result = benchmark("--cases", "1", "--repeats", "1", "--patience", "3", script="fit_costs.py")
     assert result.returncode == 0, result.stderr

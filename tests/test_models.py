@@ -436,6 +436,8 @@ def test_a_module_in_two_places_is_replaced_in_both():
         (lambda: convert(OwnNet(), warehouses={"w": {"layers": ["trunk.*"]}}), ["'w'", "trunk.*", "stem"]),
         (lambda: convert(OwnNet(), warehouses={"a": {"layers": ["stem"]}, "b": {"layers": ["st*"]}}), ["stem", "'b'"]),
         (lambda: convert(OwnNet(), warehouses={"w": {"layers": ["stem", "mid"]}}), ["'w'", "1d, 2d"]),
+        (lambda: convert(OwnNet(), warehouses={"w": {"layers": ["stem"], "x": 1}}), ["'w'", "'x'", "layers"]),
+        (lambda: convert(OwnNet(), warehouses={"w": {"cell_num_ratio": 1}}), ["'w'", "no layers"]),
         (lambda: convert(OwnNet(), keep_weights=True, cell_num_ratio=0.5), ["keep_weights", "'body_0'", "0.5"]),
         (lambda: convert(OwnNet(), cell_number=2), ["cell_number", "cell_num_ratio"]),
         (lambda: convert(OwnNet(), reduction=[0.1, 0.2]), ["reduction has 2 values for 3 warehouses", "body_0"]),
