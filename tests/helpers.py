@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from models.build import PREFIXES
@@ -21,9 +20,6 @@ METHODS = {
     "kw": {"model": "kw_test_resnet", **KW},
     "kw1d2x": {"model": "kw1d2x_mobilenetv2_050"},
 }
-# whole runs take seconds: of names that stand for the same layers, or for timm's, and of the slowest, only with --slow
-_TWINS = ("kw1d2x", "kw_star", "od", "se", "cbam", "eca", "weightnet")
-METHODS_OF_RUNS = [pytest.param(name, marks=pytest.mark.slow) if name in _TWINS else name for name in METHODS]
 EXIF_ORIENTATION = 0x0112
 
 

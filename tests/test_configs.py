@@ -37,7 +37,7 @@ STATED = {
     "advanced": (300, "adamw", 4096, 4e-3, 0.05),
     "deit": (300, "adamw", 1024, 5e-4 * 1024 / 512, 0.05),
     "cifar": (200, "adam", 256, 1e-3, 5e-5),
-    "digits": (6, "adamw", 32, 3e-3, 0.05),
+    "digits": (10, "adamw", 32, 3e-3, 0.05),
 }
 # The model's own default, which the released file leaves out.
 ADDED = {
