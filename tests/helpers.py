@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from models.build import PREFIXES
@@ -20,6 +21,9 @@ METHODS = {
     "kw": {"model": "kw_test_resnet", **KW},
     "kw1d2x": {"model": "kw1d2x_mobilenetv2_050"},
 }
+# whole runs take seconds: of names for the layers of another method, and of timm's attention modules, with --slow
+_TWINS = ("kw1d2x", "od", "se", "cbam", "eca")
+METHODS_OF_RUNS = [pytest.param(name, marks=pytest.mark.slow) if name in _TWINS else name for name in METHODS]
 EXIF_ORIENTATION = 0x0112
 
 

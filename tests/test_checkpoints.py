@@ -16,7 +16,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from helpers import KW, METHODS, ROOT, make_image_folder, quick, read_log, words
+from helpers import KW, METHODS, METHODS_OF_RUNS, ROOT, make_image_folder, quick, read_log, words
 
 import engine
 import main
@@ -269,7 +269,7 @@ def unbroken(run_of):
     return run_of("kw")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS_OF_RUNS)
 def test_resumed_run_equals_the_unbroken_one(method, run_of, images, tmp_path, monkeypatch):
     """Stopped in the second epoch, and continued with another number of loader processes."""
     unbroken, options = run_of(method), {**FULL, **METHODS[method], "data_path": images}
@@ -295,7 +295,7 @@ def test_resumed_run_equals_the_unbroken_one(method, run_of, images, tmp_path, m
         assert ours == theirs
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS_OF_RUNS)
 def test_run_writes_what_it_promises(method, run_of):
     unbroken = run_of(method)
     names = {
@@ -320,7 +320,7 @@ def test_run_writes_what_it_promises(method, run_of):
     assert list(keys) == list(model.state_dict())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS_OF_RUNS)
 def test_evaluation_prints_what_training_logged(method, run_of, images, capsys):
     """Live and EMA weights, at the temperature in the middle of its schedule."""
     unbroken = run_of(method)

@@ -249,7 +249,7 @@ def test_mistakes_end_in_one_line(arguments, message, data, trained, tmp_path):
     assert message in line
 
 
-@pytest.mark.parametrize("launcher", ["launch", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("launch", marks=pytest.mark.slow), "torchrun"])
 def test_two_processes(launcher, data, trained, tmp_path):
     """Each trains on half of the pictures, and the evaluation is that of one process."""
     work = tmp_path / "run"

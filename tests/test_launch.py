@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import KW, METHODS, free_port, launch, make_image_folder, quick, read_log
+from helpers import KW, METHODS, METHODS_OF_RUNS, free_port, launch, make_image_folder, quick, read_log
 
 import main
 from checkpoints import read
@@ -152,7 +152,7 @@ def test_slurm_host_lists(hosts, first):
     assert first_host(hosts) == first
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "kw"])
+@pytest.mark.parametrize("method", METHODS_OF_RUNS)
 def test_every_method_in_two_processes(method, folder, tmp_path, capsys):
     """Trained through torchrun, evaluated by one process: the same numbers."""
     options = {**METHODS[method], "temp_epoch": 1, "epochs": 1, "update_freq": 2}
@@ -160,9 +160,9 @@ def test_every_method_in_two_processes(method, folder, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     logged = read_log(tmp_path)[-1]
     assert main.main(run_options(folder, **options, eval=True, resume=tmp_path / "checkpoint-0.pth")) == 0
-    assert accuracy(capsys.readouterr().out) == [
-        tuple(round(logged[f"test_{name}"], 3) for name in ("acc1", "acc5", "loss"))
-    ]
+    (printed,) = accuracy(capsys.readouterr().out)
+    # after so few steps running statistics are those of no image, and a loss may be huge
+    assert printed == pytest.approx([logged[f"test_{name}"] for name in ("acc1", "acc5", "loss")], rel=1e-6, abs=5e-4)
 
 
 @pytest.mark.slow

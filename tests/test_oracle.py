@@ -137,7 +137,10 @@ def test_released_model(name):
     compare(name, last_temperature(name))
 
 
-@pytest.mark.parametrize("name", OD)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("od_resnet50_4x", "od_resnet101_1x") else n for n in OD],
+)
 def test_last_temperature_of_odconv(name):
     """The one that released models are evaluated at."""
     compare(name, "1.0", strict=False)
