@@ -249,7 +249,9 @@ def test_two_processes_give_the_gradients_of_one(name):
     assert any(workers.join(timeout=60) for _ in range(2))
     model.double().eval()(image(4).double()).square().mean().backward()
     for key, parameter in model.named_parameters():
-        assert difference(torch.from_numpy(gradients[key]), parameter.grad) < 1e-10, key
+        # timm interpolates position embeddings in float32
+        limit = 1e-6 if key == "pos_embed" else 1e-10
+        assert difference(torch.from_numpy(gradients[key]), parameter.grad) < limit, key
 
 
 def test_samples_are_independent_in_eval_mode(model):
