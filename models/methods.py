@@ -11,6 +11,7 @@ from torch import nn
 from . import placement
 from .layers import cgc, condconv, dcd, dyconv, odconv, weight_excitation, weightnet
 from .layers import kernel_representation as kr
+from .plans import main_layers, select
 from .replacement import put, refuse_others, replacement
 
 
@@ -20,7 +21,7 @@ class Method:
 
     layers: type of a static layer -> the class that replaces it.
     settings: the settings that it takes, with their defaults; any other is refused.
-    select: (model, the words of `layers` or None) -> names of the layers to replace, in the model's order.
+    select: model -> names of the layers to replace where `layers` does not name them, in the model's order.
     arguments: (model, names, settings) -> name -> keyword arguments of the layer's class.
     finish: (model, names, settings, keep_weights) -> names of other layers that it replaces, after these.
     """
@@ -58,7 +59,7 @@ METHODS = {
     "dyconv": Method(
         _classes(dyconv, "DY"),
         {"kernel_num": 4, "reduction": 1 / 4, "attention_function": "softmax"},
-        placement.all_layers,
+        main_layers,
     ),
     "condconv": Method(
         _classes(condconv, "Cond"), {"kernel_num": 8}, placement.condconv_layers, placement.condconv_routings
@@ -83,13 +84,13 @@ METHODS = {
     "weightnet": Method(
         _classes(weightnet, "WeightNet"),
         {"kernel_num": 1, "slices": 2, "reduction": 1 / 16},
-        placement.all_layers,
+        main_layers,
         placement.weightnet_blocks,
     ),
     "we": Method(
         _classes(weight_excitation, "WE"),
         {"excitations": weight_excitation.EXCITATIONS, "standardise": True, "reduction": 1 / 16},
-        placement.all_layers,
+        main_layers,
     ),
 }
 
@@ -111,7 +112,8 @@ def convert_layers(model, name, *, layers=None, keep_weights=False, **settings):
         raise ValueError(f"{name} has no setting '{unknown[0]}'; it takes {', '.join(['layers', *method.settings])}")
     settings = {key: [value] if key in LISTS and isinstance(value, str) else value for key, value in settings.items()}
     settings = {**method.settings, **{key: _single(name, key, value) for key, value in settings.items()}}
-    names = method.select(model, [layers] if isinstance(layers, str) else layers)
+    words = [layers] if isinstance(layers, str) else layers
+    names = select(model, words) if words else method.select(model)
     if not names:
         raise ValueError(f"{name}: this model has no layer that it replaces; name them with `layers`")
     modules = dict(model.named_modules(remove_duplicate=False))

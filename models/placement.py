@@ -1,6 +1,6 @@
 """Where the methods of `methods.py` go in a network, and what their layers there are given.
 
-`*_layers`: (model, the words of a config's `layers` or None) -> names of the layers to replace, in the model's order;
+`*_layers`: model -> names of the layers to replace where a config does not name them, in the model's order;
 the others: (model, names, settings) -> name -> keyword arguments of the layer's class.
 """
 
@@ -15,14 +15,9 @@ from .plans import block_of, family_name, heads_of, is_deep, main_layers, replac
 from .replacement import put, refuse_others, replacement
 
 
-def all_layers(model, words):
-    return select(model, words) if words else main_layers(model)
-
-
-def odconv_layers(model, words):
+def odconv_layers(model):
     """All convolutions but the first and, as released, those in the short cuts of ResNets."""
-    names = all_layers(model, words)
-    return names if words else _without_downsampling(names)
+    return _without_downsampling(main_layers(model))
 
 
 def _without_downsampling(names):
@@ -30,11 +25,9 @@ def _without_downsampling(names):
     return [name for name in names if not (block_of(name) and "downsample" in name.split("."))]
 
 
-def condconv_layers(model, words):
+def condconv_layers(model):
     """The last blocks but their down-sampling convolutions, and the classifier (ODConv, section 3.1)."""
     blocks = 6 if type(model).__name__ == "EfficientNet" else 3
-    if words:
-        return select(model, words)
     names = list(main_layers(model))
     if not any(block_of(name) for name in names):
         raise ValueError("condconv: this model has no blocks that are known; name the layers to replace with `layers`")
@@ -147,13 +140,11 @@ def kr_finish(model, names, settings, keep_weights):
     return heads
 
 
-def dcd_layers(model, words):
+def dcd_layers(model):
     """Convolutions without groups in blocks, but those in short cuts and the first; 1x1 ones in MobileNetV2; the
     classifier.
     """
-    if words:
-        return select(model, words)
-    names = _without_downsampling(all_layers(model, None))
+    names = _without_downsampling(main_layers(model))
     modules = dict(model.named_modules())
     if family_name(model) == "MobileNetV2":
         names = [name for name in names if hasattr(modules.get(block_of(name)), "conv_pwl")]
@@ -181,10 +172,8 @@ def dcd_sizes(model, names, settings):
     return result
 
 
-def cgc_layers(model, words):
+def cgc_layers(model):
     """All convolutions larger than 1x1, the first one, too."""
-    if words:
-        return select(model, words)
     sizes = {name: getattr(module, "kernel_size", ()) for name, module in replaceable(model).items()}
     return [name for name, size in sizes.items() if math.prod(size) > 1 and "se" not in name.split(".")]
 

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import socket
 import threading
 import warnings
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import free_port
 from naive_representation import LAYERS, SETTINGS, Net, assert_empty, image, make_net, relay_of
 from timm.utils import ModelEmaV3
 from tolerance import RELATIVE, assert_same, difference
@@ -195,12 +195,6 @@ def test_ema_follows():
     assert_same(ema.module.kernel_representation.start.weight, before + 0.25)
 
 
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def _ddp_worker(rank, world, port, state, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
@@ -240,7 +234,7 @@ def test_two_processes_give_the_gradients_of_one():
     net = make_net()
     context = mp.get_context("spawn")
     results = context.Queue()
-    workers = mp.spawn(_ddp_worker, (2, _free_port(), net.state_dict(), results), nprocs=2, join=False)
+    workers = mp.spawn(_ddp_worker, (2, free_port(), net.state_dict(), results), nprocs=2, join=False)
     gradient = results.get(timeout=120)
     assert any(workers.join(timeout=60) for _ in range(2))
     net(image(4)).square().mean().backward()

@@ -231,8 +231,20 @@ def test_failed_conversion_changes_nothing():
     assert list(net.state_dict()) == before and not net._forward_hooks and not net.stem._forward_pre_hooks
 
 
-def train_step(backbone, size, **config):
-    model = build_model({"model": f"kr_{backbone}", **config}, num_classes=10)
+QUICK = [("resnet18_slim", 1), ("vit_nano_cifar", 1), ("mobilenetv2_100", 1)]
+SIZES = {
+    "resnet18": 32, "resnet18_slim": 32, "resnet50": 32, "vit_nano": 224, "vit_small": 224, "vit_nano_cifar": 32,
+    "vit_tiny_cifar": 32, "poolformer_s12": 64, "mobilenetv2_100": 32, "mobilenetv2_050": 32, "convnext_atto": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backbone", "kernel_num"),
+    [pytest.param(name, k, marks=() if (name, k) in QUICK else pytest.mark.slow) for name in SIZES for k in (1, 4)],
+)
+def test_backbones_train(backbone, kernel_num):
+    size = SIZES[backbone]
+    model = build_model({"model": f"kr_{backbone}", "kernel_num": kernel_num}, num_classes=10)
     y = model(image(2, size, torch.float32))
     y.square().sum().backward()
     assert y.shape == (2, 10) and y.isfinite().all()
@@ -241,30 +253,3 @@ def train_step(backbone, size, **config):
     model.eval()
     with torch.no_grad():
         assert model(image(1, size, torch.float32)).isfinite().all()
-
-
-@pytest.mark.parametrize(("backbone", "size"), [("resnet18_slim", 32), ("vit_nano_cifar", 32), ("mobilenetv2_100", 32)])
-def test_backbones_train(backbone, size):
-    train_step(backbone, size)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel_num", [1, 4])
-@pytest.mark.parametrize(
-    ("backbone", "size"),
-    [
-        ("resnet18", 32),
-        ("resnet18_slim", 32),
-        ("resnet50", 32),
-        ("vit_nano", 224),
-        ("vit_small", 224),
-        ("vit_nano_cifar", 32),
-        ("vit_tiny_cifar", 32),
-        ("poolformer_s12", 64),
-        ("mobilenetv2_100", 32),
-        ("mobilenetv2_050", 32),
-        ("convnext_atto", 64),
-    ],
-)
-def test_all_backbones_train(backbone, size, kernel_num):
-    train_step(backbone, size, kernel_num=kernel_num)

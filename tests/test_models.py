@@ -3,7 +3,6 @@
 import copy
 import io
 import math
-import socket
 import warnings
 
 import pytest
@@ -11,7 +10,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import METHODS
+from helpers import METHODS, free_port
 from timm.utils import ModelEmaV3
 from tolerance import assert_same, difference
 from torch import nn
@@ -208,12 +207,6 @@ def test_export():
     assert_same(program.module()(image()), model(image()))
 
 
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def _ddp_worker(rank, world, port, config, state, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
@@ -242,7 +235,7 @@ def test_two_processes_give_the_gradients_of_one(name):
     set_temperature(model, 0.5)
     context = mp.get_context("spawn")
     results = context.Queue()
-    arguments = (2, _free_port(), SMALL[name], model.state_dict(), results)
+    arguments = (2, free_port(), SMALL[name], model.state_dict(), results)
     workers = mp.spawn(_ddp_worker, arguments, nprocs=2, join=False)
     gradients = results.get(timeout=120)
     # join returns at every process that ends, and raises where one failed

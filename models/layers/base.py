@@ -44,6 +44,12 @@ def global_pool(x):
     return pool(x.flatten(2), dim=2)
 
 
+def pool_to(x, size):
+    """x [B, C, *S] averaged to maps of a size, a number or one for every dimension."""
+    operator = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[x.ndim - 2]
+    return operator(x, size)
+
+
 def conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """The convolution of x [B, C, *S] with one static kernel, in as many dimensions as S has."""
     operator = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[x.ndim - 2]

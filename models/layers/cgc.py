@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops import sample_conv
-from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, reset_linear
-
-POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, pool_to, reset_linear
 
 
 def interaction_groups(in_channels, out_channels, size=16):
@@ -46,7 +44,7 @@ class ContextGate(nn.Module):
         reset_linear(self)
 
     def forward(self, x):
-        context = self.encode(POOLS[x.ndim - 2](x, self.kernel_size).flatten(2))
+        context = self.encode(pool_to(x, self.kernel_size).flatten(2))
         into = self.in_decode(F.relu(self.in_norm(context)))
         groups = F.relu(self.context_norm(context)).unflatten(1, (self.groups, -1))
         mixed = self.interact(groups.transpose(2, 3)).transpose(2, 3).flatten(1, 2)

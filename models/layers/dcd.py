@@ -10,9 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Conv1d, Conv2d, Conv3d, Linear, MapNorm, check_reduction, conv, global_pool, reset_linear, scaled
-
-POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+from .base import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Linear,
+    MapNorm,
+    check_reduction,
+    conv,
+    global_pool,
+    pool_to,
+    reset_linear,
+    scaled,
+)
 
 
 def hard_sigmoid(x):
@@ -94,7 +104,7 @@ class _DCDLayer:
 
     def convolve(self, x):
         ones = [1] * len(self.kernel_size)
-        pooled = global_pool(x) if self.pool == 1 else POOLS[len(ones)](x, self.pool).flatten(1)
+        pooled = global_pool(x) if self.pool == 1 else pool_to(x, self.pool).flatten(1)
         phi, scale = self.attention(pooled)
         z = conv(self._centred(x), self.q.reshape(*self.q.shape, *ones), None, self.stride)
         size, z = z.shape[2:], self.bn1(z.flatten(2))
