@@ -161,4 +161,7 @@ def cheapest(geo, available, item_bytes, device, backward=False):
     if "pointwise" in available and not geo.last and item_bytes > 2:
         # the same products as theirs, in one call and without copies
         available = [order for order in available if order not in ("grouped", "batched")]
+    if "depthwise" in available and math.prod(geo.kernel) == 1:
+        # oneDNN's depth-wise convolutions of one tap, as on maps of one pixel, take 100 times as long
+        available = [order for order in available if order != "grouped"]
     return min(available, key=lambda order: estimate(order, geo, item_bytes, device, backward))
