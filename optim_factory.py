@@ -10,7 +10,13 @@ from models import warehouse_layers
 from models.config import ConfigError
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+def parameter_groups(
+    model: torch.nn.Module,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    decay_norm_and_bias: bool = False,
+    decay_layer_scale: bool = False,
+) -> list[dict]:
     """Group the trainable parameters by weight decay and by learning-rate scale.
 
     Biases, norms and other 1-d parameters, and those that the model itself names in `no_weight_decay`, are not
@@ -19,6 +25,9 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, layer_decay: f
 
     Args:
         model: any timm model, dynamic or not.
+        decay_norm_and_bias: decay all parameters (the released code of ODConv).
+        decay_layer_scale: decay the layer scales of ConvNeXt, which the released code of KernelWarehouse keeps as
+            [1, C, 1, 1] in its dynamic networks.
 
     Returns:
         Groups for a torch optimizer, with `weight_decay`, `decayed`, `lr_scale` and the `names` of the parameters.
@@ -30,6 +39,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, layer_decay: f
         if not parameter.requires_grad:
             continue
         decayed = parameter.ndim > 1 and not name.endswith(".bias") and name not in skipped
+        decayed |= decay_norm_and_bias or (decay_layer_scale and name.endswith(".gamma"))
         scale = scales.get(name, 1.0)
         decay = weight_decay if decayed else 0.0
         new = {"params": [], "names": [], "weight_decay": decay, "decayed": decayed, "lr_scale": scale}
@@ -63,15 +73,22 @@ def _stage_scales(model: torch.nn.Module, layer_decay: float) -> dict[str, float
 def create_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
     """AdamW, Adam, or SGD with momentum, over `parameter_groups`.
 
+    As in the released code, "sgd" is another word for "nesterov", SGD with Nesterov's momentum; "momentum" has the
+    plain one.
+
     AdamW shrinks the weights by lr x weight decay; Adam and SGD add weight decay x weight to the gradient.
 
     The fused versions are used: they can skip an update by a flag that stays on the device (`found_inf`).
     """
-    groups = parameter_groups(model, args.weight_decay, args.layer_decay)
+    groups = parameter_groups(
+        model, args.weight_decay, args.layer_decay, args.decay_norm_and_bias, args.decay_layer_scale
+    )
     for group in groups:
         group["lr"] = args.lr * group["lr_scale"]
-    if args.opt == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+    if args.opt in ("sgd", "nesterov", "momentum"):
+        # without momentum both are plain SGD, and torch refuses Nesterov's
+        nesterov = args.opt != "momentum" and args.momentum > 0
+        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, nesterov=nesterov, fused=True)
         # torch leaves the momentum uninitialised where the first update is skipped; from zeros it is the same otherwise
         for group in groups if args.momentum else ():
             for parameter in group["params"]:
@@ -89,6 +106,9 @@ class Schedule:
     `min_lr` (at the update after the last), or steps: times `decay_rate` every `decay_epochs` epochs. The weight
     decay follows half a cosine to `weight_decay_end`, where that is given.
 
+    With `schedule_by` "epoch" the learning rate after the warm-up changes at the first update of every epoch only, as
+    in the released code of ODConv.
+
     Args:
         args: the options of the optimizer.
         steps_per_epoch: optimizer updates in an epoch.
@@ -105,6 +125,9 @@ class Schedule:
             return args.lr * step / max(1, self.warmup - 1)
         if args.lr_schedule == "step":
             return args.lr * args.decay_rate ** (step // self.steps_per_epoch // args.decay_epochs)
+        if args.schedule_by == "epoch":
+            # the epoch in which the warm-up ends counts from its end
+            step = max(step // self.steps_per_epoch * self.steps_per_epoch, self.warmup)
         return _cosine(args.lr, args.min_lr, (step - self.warmup) / max(1, self.total - self.warmup))
 
     def weight_decay(self, step: int) -> float:

@@ -6,16 +6,19 @@ import re
 
 import timm
 from timm.layers import DropPath, SEModule
+from torch import nn
 
 from . import plans
 from .config import ConfigError, read_config
-from .conversion import WAREHOUSE_SETTINGS, convert
+from .conversion import WAREHOUSE_METHODS, WAREHOUSE_SETTINGS, convert
+from .initialisation import start_as_released
 from .methods import METHODS
 from .options import MODEL_KEYS
 
 # model options that are timm's, or this file's; all others are the methods'
 OWN_KEYS = {
-    "model", "drop_path", "block_drop_path", "dropout", "head_init_scale", "layer_scale_init_value", "block_attention"
+    "model", "drop_path", "block_drop_path", "dropout", "head_init_scale", "layer_scale_init_value", "block_attention",
+    "initialisation",
 }  # fmt: skip
 METHOD_KEYS = MODEL_KEYS - OWN_KEYS
 # what the released configs of static models hold, too
@@ -45,13 +48,17 @@ def _half_mobilenetv2(model):
 # prefix of a model's name -> (method, defaults of its config); the longest prefix counts
 PREFIXES = {
     **{name: (name, {}) for name in ("kw", "kw_star", *METHODS)},
-    "kw1d2x": ("kw", {"dropout": 0.1}),
+    "kw1d2x": ("kw", {}),
     # the released names of ODConv
     "od": ("odconv", {}),
     **{name: (None, {"block_attention": name}) for name in ("se", "cbam", "eca")},
 }
 # names of networks that timm builds, but has no name for: another width, or another size
 BACKBONES = {
+    # N, 2 N, 4 N and 8 N channels, and no pooling after the first convolution: for 32x32 pixels
+    **{
+        f"resnet18_w{n}": ("resnet18", {"channels": (n, 2 * n, 4 * n, 8 * n), "stem_pool": False}) for n in (16, 20, 28)
+    },
     "resnet18_slim": ("resnet18", {"channels": (64, 128, 192, 256)}),
     "vit_nano": ("vit_tiny_patch16_224", {"embed_dim": 128, "num_heads": 2}),
     "vit_tiny": ("vit_tiny_patch16_224", {}),
@@ -99,6 +106,8 @@ def build_model(config, num_classes=1000, **overrides):
         raise ConfigError(f"block_attention '{given}' contradicts the model's name '{config['model']}'")
     config = {**defaults, **{key: value for key, value in config.items() if value is not None}}
     model = _static(backbone, num_classes, config)
+    if config.get("initialisation") == "released":
+        start_as_released(model, keep_classifier=method in WAREHOUSE_METHODS and type(model).__name__ == "ResNet")
     if method is None:
         ignored = [key for key in METHOD_KEYS if key in config and key not in RELEASED_KEYS]
         if ignored:
@@ -133,10 +142,14 @@ def _static(backbone, num_classes, config):
             raise ConfigError(f"block_attention '{config['block_attention']}' is for ResNets, not for '{backbone}'")
         kwargs["block_args"] = {"attn_layer": BLOCK_ATTENTIONS[config["block_attention"]]}
     name, own = BACKBONES.get(backbone, (backbone, {}))
+    own = dict(own)
+    stem_pool = own.pop("stem_pool", True)
     try:
         model = timm.create_model(name, **{**own, **kwargs})
     except TypeError as error:
         raise ConfigError(f"model '{backbone}' does not take a setting: {error}") from None
+    if not stem_pool:
+        model.maxpool = nn.Identity()
     if schedule == "constant" and rate:
         # the released ResNets drop every block at the same rate, timm's at one that grows with depth
         blocks = [m for m in model.modules() if hasattr(m, "drop_path") and hasattr(m, "conv2")]

@@ -153,6 +153,12 @@ OPTIONS: dict[str, Option] = {
             bool, True, "mixtures share the cells of their warehouse; false: each has its own (Table 6)"
         ),
         warehouses=Option(dict, None, "explicit warehouses: name -> layers and settings"),
+        initialisation=Option(
+            str,
+            "timm",
+            "how a network starts: as timm's, or as the papers' released ResNets and MobileNetV2 (others stay timm's)",
+            choices=("timm", "released"),
+        ),
         drop_path=Option(float, 0.0, "stochastic depth rate", **_SHARE),
         block_drop_path=Option(
             str, None, "drop path the same in all blocks, or growing with depth", choices=("constant", "linear")
@@ -200,17 +206,28 @@ OPTIONS: dict[str, Option] = {
     **_in_group(
         "optimizer",
         opt=Option(
-            str, "adamw", "optimizer; in adam and sgd weight decay is an L2 penalty", choices=("adamw", "adam", "sgd")
+            str,
+            "adamw",
+            "optimizer; sgd, as nesterov, has Nesterov's momentum, momentum the plain one; weight decay is an L2 "
+            "penalty in all but adamw",
+            choices=("adamw", "adam", "sgd", "nesterov", "momentum"),
         ),
         opt_eps=Option(float, 1e-8, "epsilon of Adam and AdamW", low=0),
         opt_betas=Option(float, None, "betas of Adam and AdamW; null: 0.9 0.999", nargs=2, low=0, high=1),
         clip_grad=Option(float, None, "greatest norm of the gradient; null: no clipping", above=0),
         momentum=Option(float, 0.9, "momentum of SGD", **_SHARE),
         weight_decay=Option(float, 0.05, "weight decay; none for biases, norms and other 1-d parameters", low=0),
+        decay_norm_and_bias=Option(bool, False, "decay these as well, as ODConv's released code does"),
+        decay_layer_scale=Option(
+            bool, False, "decay the layer scales of ConvNeXt, as KernelWarehouse's released code does in its own"
+        ),
         weight_decay_end=Option(float, None, "weight decay at the end, reached by a cosine; null: constant", low=0),
         lr=Option(float, 4e-3, "learning rate for the whole batch, used as given", low=0),
         min_lr=Option(float, 1e-6, "learning rate at the end of the cosine", low=0),
-        lr_schedule=Option(str, "cosine", "cosine (per update) or step (per epoch)", choices=("cosine", "step")),
+        lr_schedule=Option(str, "cosine", "cosine, or steps between epochs", choices=("cosine", "step")),
+        schedule_by=Option(
+            str, "update", "the cosine goes down with every update, or once an epoch", choices=("update", "epoch")
+        ),
         decay_epochs=Option(int, 30, "epochs between two steps of the step schedule", low=1),
         decay_rate=Option(float, 0.1, "factor of the step schedule", above=0, high=1),
         layer_decay=Option(float, 1.0, "factor of the learning rate per stage away from the output", above=0),
@@ -246,7 +263,7 @@ OPTIONS: dict[str, Option] = {
             str,
             "IMNET",
             "data set",
-            choices=("IMNET", "image_folder", "CIFAR", "CIFAR10", "CIFAR100", "digits"),
+            choices=("IMNET", "image_folder", "CIFAR", "CIFAR10", "CIFAR100", "digits", "glyphs"),
             pattern=r"(wds|hfds|hfids|tfds|folder)/.*",
             hint="a timm reader string such as wds/NAME or hfds/NAME",
         ),

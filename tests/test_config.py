@@ -109,7 +109,7 @@ def test_recipe_of_the_command_line_replaces_that_of_the_file(tmp_path):
     assert given == {"kw_config": str(path), "epochs": 8, "recipe": None}
     # without a config it is one of the project's
     args, _ = parse_command_line(["--recipe", "traditional", "--epochs", "3"])
-    assert (args.opt, args.lr_schedule, args.epochs, args.model) == ("sgd", "step", 3, "convnext_tiny")
+    assert (args.opt, args.lr_schedule, args.epochs, args.model) == ("momentum", "step", 3, "convnext_tiny")
 
 
 def test_recipe_is_looked_up_beside_the_config_then_above_it_then_in_the_project(tmp_path, monkeypatch):

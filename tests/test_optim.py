@@ -1,6 +1,9 @@
 """Parameter groups, optimizers and schedules, against rules and formulas written out here."""
 
 import argparse
+import gzip
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +12,15 @@ import torch
 from helpers import KW
 
 from models import build_model, warehouse_layers
+from models.config import parse_command_line
 from models.options import OPTIONS
+from models.weights import released_keys
 from optim_factory import Schedule, create_optimizer, parameter_groups
+
+ROOT = Path(__file__).resolve().parent.parent
+# what the released code's optimizers are given for six networks, by the rules of that code from its names and shapes:
+# KernelWarehouse: no decay of one-dimensional parameters and of names in .bias; ODConv: decay of all
+RELEASED = json.loads(gzip.decompress((ROOT / "tests/data/released_groups.json.gz").read_bytes()))
 
 
 def options(**changes):
@@ -23,6 +33,60 @@ def cosine_schedule(base, final, epochs, steps, warmup_epochs=0, warmup_steps=-1
     ramp = np.linspace(0, base, warmup)
     iterations = np.arange(epochs * steps - warmup)
     return np.concatenate([ramp, final + 0.5 * (base - final) * (1 + np.cos(np.pi * iterations / len(iterations)))])
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_configs_group_parameters_as_the_released_code(name):
+    released = RELEASED[name]
+    args, given = parse_command_line(["--kw_config", str(ROOT / released["config"])])
+    model = build_model(ROOT / released["config"])
+    optimizer = create_optimizer(args, model)
+    ours = {n: (group["weight_decay"], group["lr"]) for group in optimizer.param_groups for n in group["names"]}
+    theirs = {n: (group["weight_decay"], group["lr"]) for group in released["groups"] for n in group["names"]}
+    names = released_keys(model, {n: n for n in theirs})
+    assert {names[n]: values for n, values in ours.items()} == theirs
+    assert type(optimizer).__name__ == released["optimizer"]
+    for setting, value in released["settings"].items():
+        value = tuple(value) if isinstance(value, list) else value
+        assert all(group[setting] == value for group in optimizer.param_groups), setting
+
+
+def test_layer_scales_are_decayed_where_the_released_code_does():
+    model = build_model(ROOT / "configs/convnext/kw1x_convnext_tiny.json")
+    undecayed, decayed = (
+        {
+            n
+            for group in parameter_groups(model, 0.05, decay_layer_scale=flag)
+            for n in group["names"]
+            if group["decayed"]
+        }
+        for flag in (False, True)
+    )
+    assert len(decayed - undecayed) == 18 and all(n.endswith(".gamma") for n in decayed - undecayed)
+
+
+@pytest.mark.parametrize(
+    ("opt", "nesterov", "momentum"),
+    [("sgd", True, 0.9), ("nesterov", True, 0.9), ("momentum", False, 0.9), ("sgd", False, 0)],
+)
+def test_words_for_sgd(opt, nesterov, momentum):
+    optimizer = create_optimizer(options(opt=opt, momentum=momentum), timm.create_model("test_resnet"))
+    assert all(group["nesterov"] == nesterov for group in optimizer.param_groups)
+
+
+def test_cosine_once_an_epoch():
+    """ODConv's: 0.5 lr (1 + cos(pi epoch / epochs)), the same for all updates of an epoch."""
+    schedule = Schedule(options(epochs=7, lr=0.3, min_lr=0, warmup_epochs=0, schedule_by="epoch"), steps_per_epoch=11)
+    expected = 0.15 * (1 + np.cos(np.pi * np.arange(7) / 7))
+    np.testing.assert_allclose([schedule.lr(step) for step in range(77)], expected.repeat(11), rtol=1e-12, atol=1e-15)
+
+
+def test_cosine_once_an_epoch_after_a_warmup_that_ends_within_one():
+    schedule = Schedule(options(epochs=4, lr=0.3, min_lr=0, warmup_steps=5, schedule_by="epoch"), steps_per_epoch=4)
+    values = [schedule.lr(step) for step in range(16)]
+    np.testing.assert_allclose(values[:5], np.linspace(0, 0.3, 5))
+    starts = [5, 5, 5, *[8] * 4, *[12] * 4]
+    np.testing.assert_allclose(values[5:], [0.15 * (1 + np.cos(np.pi * (start - 5) / 11)) for start in starts])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +171,7 @@ def test_layer_decay_knows_other_families(name):
     assert scale[head] == 1.0 and scale[stem] == min(scale.values()) and len(set(scale.values())) >= 5
 
 
-@pytest.mark.parametrize("opt", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("opt", ["adamw", "adam", "sgd", "momentum"])
 def test_optimizer_is_torch_s_plain_one(opt):
     """The fused optimizer over groups does what the plain one does."""
     torch.manual_seed(0)
@@ -118,8 +182,8 @@ def test_optimizer_is_torch_s_plain_one(opt):
         {"params": [models[1][0].weight], "weight_decay": 0.05},
         {"params": [models[1][0].bias, models[1][1].weight, models[1][1].bias], "weight_decay": 0.0},
     ]
-    if opt == "sgd":
-        theirs = torch.optim.SGD(plain, lr=0.1, momentum=0.8)
+    if opt in ("sgd", "momentum"):
+        theirs = torch.optim.SGD(plain, lr=0.1, momentum=0.8, nesterov=opt == "sgd")
     else:
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[opt]
         theirs = kind(plain, lr=0.1, betas=(0.8, 0.9), eps=1e-8)
@@ -133,7 +197,7 @@ def test_optimizer_is_torch_s_plain_one(opt):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("opt", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("opt", ["adamw", "adam", "sgd", "momentum"])
 def test_update_is_skipped_by_a_flag(opt):
     """What lets a GPU skip a bad update without the host knowing; also the very first one."""
     torch.manual_seed(0)
