@@ -10,6 +10,7 @@ import os
 import random
 import sys
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +109,32 @@ class DigitsData(Dataset):
         chosen = np.sort(train if is_train else test)
         self.images = (images[chosen] * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)
         self.labels = labels[chosen].tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.labels[index]
+
+
+class GlyphsData(Dataset):
+    """Characters in the fonts of `scripts/make_glyphs.py`, 32 x 32 with 256 grey levels; other fonts for the test.
+
+    Raises:
+        ConfigError: the folder does not hold its file, or that file is damaged.
+    """
+
+    def __init__(self, root: Path, is_train: bool, transform):
+        path, part = root / "glyphs.npz", "train" if is_train else "test"
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; make it with scripts/make_glyphs.py --output {root}")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                self.classes = tuple(arrays["classes"].tolist())
+                self.images, self.labels = arrays[f"{part}_images"], arrays[f"{part}_labels"].tolist()
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"{path}: damaged, or not from scripts/make_glyphs.py: {error}") from None
         self.transform = transform
 
     def __len__(self) -> int:
@@ -375,6 +402,8 @@ def make_data(args, is_train: bool) -> Dataset:
         if not args.eval_data_path:
             raise ConfigError("--data_set image_folder needs --eval_data_path, or --disable_eval true")
         return ImageFolderData(Path(args.eval_data_path), transform, "--eval_data_path")
+    if name == "glyphs":
+        return GlyphsData(root, is_train, transform)
     if name in ("CIFAR", "CIFAR10", "CIFAR100"):
         return CIFARData("CIFAR10" if name == "CIFAR10" else "CIFAR100", root, is_train, transform)
     return _reader_data(args, is_train, transform)
