@@ -30,6 +30,7 @@ class ClassificationBackbone(BaseModule):
     out_indices: stages to give out, counted from 0 at stride 4.
     frozen_stages: the stem and so many stages are frozen (0: the stem, -1: nothing), with their attentions and every
         warehouse that they use.
+    freeze_warehouses: False lets the cells of frozen stages train, as in the released code of KernelWarehouse.
     norm_eval: BatchNorm, that of attentions included, uses its running statistics.
     sync_bn: BatchNorm's statistics are those of all processes.
     drop_path: rate of stochastic depth; the classification config's own is for longer training.
@@ -46,6 +47,7 @@ class ClassificationBackbone(BaseModule):
         config,
         out_indices=(0, 1, 2, 3),
         frozen_stages=-1,
+        freeze_warehouses=True,
         norm_eval=False,
         sync_bn=False,
         drop_path=0.0,
@@ -77,7 +79,7 @@ class ClassificationBackbone(BaseModule):
         self.norm_eval, self.warned = norm_eval, norm_eval or sync_bn
         self.model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if sync_bn else model
         self.dropped = self._drop_unused()
-        self.frozen = self._freeze([stage["module"] for stage in stages], frozen_stages)
+        self.frozen = self._freeze([stage["module"] for stage in stages], frozen_stages, freeze_warehouses)
         self.train()
 
     def _features(self, x):
@@ -126,7 +128,7 @@ class ClassificationBackbone(BaseModule):
                 dropped.append(name)
         return dropped
 
-    def _freeze(self, stages, count):
+    def _freeze(self, stages, count, warehouses):
         """Freeze the stem and so many of the stages (names of modules); returns the modules that stay in eval mode."""
         if count < 0:
             return []
@@ -139,6 +141,8 @@ class ClassificationBackbone(BaseModule):
         inside = set(names[:end])
         users = warehouse_layers(self.model)
         for name, parameter in self.model.named_parameters():
+            if name in users and not warehouses:
+                continue
             owners = users[name] if name in users else [name.rpartition(".")[0]]
             if any(owner in inside for owner in owners):
                 parameter.requires_grad_(False)

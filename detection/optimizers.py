@@ -27,13 +27,19 @@ def group_of(layer):
 class LayerDecay(DefaultOptimWrapperConstructor):
     """A group k steps before the head learns decay_rate^k as fast; biases, norms and other 1-d parameters do not decay.
 
-    paramwise_cfg: dict(decay_rate=...).  A warehouse is of the group of the last layer that uses it.
+    paramwise_cfg: dict(decay_rate=...).  A warehouse is of the group of the last layer that uses it.  As the released
+    code of KernelWarehouse does: warehouses_at_full_rate=True takes them out of the groups, decay_layer_scale=True lets
+    layer scales decay.
     """
 
     def add_params(self, params, module, **kwargs):
-        if set(self.paramwise_cfg) != {"decay_rate"}:
-            raise ConfigError(f"paramwise_cfg {dict(self.paramwise_cfg)}: LayerDecay takes decay_rate only")
-        rate, prefix = self.paramwise_cfg["decay_rate"], "backbone.model."
+        settings = {"warehouses_at_full_rate": False, "decay_layer_scale": False, **self.paramwise_cfg}
+        if set(settings) != {"decay_rate", "warehouses_at_full_rate", "decay_layer_scale"}:
+            raise ConfigError(
+                f"paramwise_cfg {dict(self.paramwise_cfg)}: LayerDecay needs decay_rate and takes "
+                "warehouses_at_full_rate and decay_layer_scale"
+            )
+        rate, prefix = settings["decay_rate"], "backbone.model."
         users = warehouse_layers(module.backbone.model)
         groups = {}
         for name, parameter in module.named_parameters():
@@ -41,10 +47,12 @@ class LayerDecay(DefaultOptimWrapperConstructor):
                 continue
             own = name.removeprefix(prefix)
             step = GROUPS + 1
-            if name.startswith(prefix):
+            if name.startswith(prefix) and not (own in users and settings["warehouses_at_full_rate"]):
                 step = max(group_of(layer) for layer in users.get(own, [own]))
             scale = rate ** (GROUPS + 1 - step)
-            decay = 0.0 if parameter.ndim == 1 or name.endswith(".bias") else self.base_wd
+            plain = parameter.ndim == 1 or name.endswith(".bias")
+            plain = plain and not (settings["decay_layer_scale"] and name.endswith(".gamma"))
+            decay = 0.0 if plain else self.base_wd
             group = {"params": [], "names": [], "lr": self.base_lr * scale, "weight_decay": decay}
             group = groups.setdefault((step, decay), group)
             group["params"].append(parameter)

@@ -105,8 +105,10 @@ def convert_warehouses(
     attentions = [attentions] if isinstance(attentions, str) else attentions
     own_plan, own_sharing, own_norm = family(model)
     plan = own_plan if plan is None else plan
-    # the plan of vision transformers names the parts of a projection
-    with split_projections(model) if plan is vit_plan and not warehouses else nullcontext():
+    # the plan of vision transformers names the parts of a projection, and explicit warehouses may
+    patterns = [pattern for settings in (warehouses or {}).values() for pattern in settings.get("layers", ())]
+    split = any(".qkv." in pattern for pattern in patterns) if warehouses else plan is vit_plan
+    with split_projections(model) if split else nullcontext():
         if warehouses:
             groups = explicit(model, warehouses)
             per = per_warehouse(settings, list(groups))

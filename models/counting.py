@@ -4,13 +4,16 @@ Of one image, in evaluation mode:
 
 - convolution: positions of the output x size of the kernel, for linear layers tokens x size of the matrix; the two
   matrix products of a self-attention, 2 x tokens^2 x width;
-- attention: pooling its input, one for every value, and its linear layers; for squeeze-and-excitation, CBAM and ECA
+- attention: pooling a map, one for every input channel and position of the output (equations 3 and 4 there have one
+  h w for both; means over tokens are not counted, as Kernel Representation does not count them), and its linear layers,
+  with Kernel Representation also its start and its part of the classifier; for squeeze-and-excitation, CBAM and ECA
   in place of a kernel's attention also scaling the features, one for every value (CBAM: pooling and scaling twice);
 - mixing: assembling the kernel of the sample (`mixing_cost` of the layers): n x |W| for n kernels of a size |W|
   (DY-Conv, CondConv), m x n x the size of a cell (KernelWarehouse), ODConv's equations 3 and 4; the gates or the
-  generator of a kernel (CGC, WeightNet); the low-rank branch (DCD).  Nothing where kernels depend on no input (WE).
+  generator of a kernel (CGC, WeightNet); the low-rank branch (DCD).  Nothing where kernels depend on no input (WE);
+- norm: layer and group normalisation, five for every value, as fvcore counts and Kernel Representation's tables do.
 
-Biases, norms, activations, sums of features, maxima and the network's own pooling are not counted.  A dynamic layer
+Biases, BatchNorm, activations, sums of features, maxima and the network's own pooling are not counted.  A dynamic layer
 of any method counts what its linear layers and convolutions do, even if it has no `mixing_cost` of its own.
 """
 
@@ -24,12 +27,17 @@ from timm.layers.cbam import ChannelAttn, SpatialAttn
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 
-from .layers import Warehouse
+from .layers import KRClassifier, Warehouse
 from .layers.base import DynamicLayer
+from .layers.base import Linear as DynamicLinear
+from .layers.kernel_representation import KernelRepresentation
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 # attention to features: a mean over all values, and a product with all of them
 FEATURE_ATTENTIONS = (SEModule, SqueezeExcite, EcaModule, ChannelAttn, SpatialAttn)
+# modules that all of their parts belong to
+HOMES = (DynamicLayer, KernelRepresentation, *FEATURE_ATTENTIONS)
+NORMS = (nn.LayerNorm, nn.GroupNorm)
 OTHERS = "(norms and others)"
 
 
@@ -43,10 +51,11 @@ class LayerCount:
     attention: int = 0
     mixing: int = 0
     convolution: int = 0
+    norm: int = 0
 
     @property
     def multiply_adds(self):
-        return self.attention + self.mixing + self.convolution
+        return self.attention + self.mixing + self.convolution + self.norm
 
 
 def count_layers(model, image_size=224, channels=3):
@@ -59,11 +68,10 @@ def count_layers(model, image_size=224, channels=3):
     for name, module in modules.items():
         # the parts of a dynamic layer, or of an attention to features, belong to it
         home = next((homes[above] for above in _above(name) if above in homes), None)
-        if home is None and isinstance(module, (DynamicLayer, *FEATURE_ATTENTIONS)):
+        if home is None and isinstance(module, HOMES):
             home = homes[name] = name
         row = name if home is None else home
-        counted = isinstance(module, (DynamicLayer, *FEATURE_ATTENTIONS, *CONVOLUTIONS, Attention))
-        counted = counted or isinstance(module, Warehouse)
+        counted = isinstance(module, (*HOMES, *CONVOLUTIONS, Attention, Warehouse))
         row = row if counted or home is not None else OTHERS
         if row != OTHERS or row not in counts:
             counts.setdefault(row, LayerCount(row, "" if row == OTHERS else type(modules[row]).__name__))
@@ -80,13 +88,16 @@ def count_layers(model, image_size=224, channels=3):
             hook = _static
         elif isinstance(module, Attention):
             hook = _self_attention
+        elif isinstance(module, NORMS):
+            hook = _norm
         else:
             continue
         home = next((homes[part] for part in (name, *_above(name)) if part in homes), None)
         inside = home is not None and home != name
         if inside and not getattr(modules[home], "per_sample", True):
             continue
-        handles.append(module.register_forward_hook(partial(hook, counts[home or name], inside)))
+        count = counts[OTHERS] if home is None and hook is _norm else counts[home or name]
+        handles.append(module.register_forward_hook(partial(hook, count, inside)))
     _run(model, image_size, channels)
     for handle in handles:
         handle.remove()
@@ -117,14 +128,25 @@ def _static(count, inside, module, inputs, y):
     cost = y.numel() // out * module.weight.numel()
     if inside:
         count.attention += cost
+        return
+    if isinstance(module, KRClassifier):
+        seen = cost // module.in_features * module.representation
+        count.attention += seen
+        cost -= seen
+    count.convolution += cost
+
+
+def _norm(count, inside, module, inputs, y):
+    if inside:
+        count.attention += 5 * y.numel()
     else:
-        count.convolution += cost
+        count.norm += 5 * y.numel()
 
 
 def _dynamic(count, inside, layer, inputs, y):
-    if layer.pools:
-        count.attention += inputs[0].numel()
     positions = y.numel() // layer.out_channels
+    if layer.pools and not isinstance(layer, DynamicLinear):
+        count.attention += positions * layer.in_channels
     count.mixing += layer.mixing_cost(positions)
     count.convolution += positions * math.prod(layer.kernel_shape)
 

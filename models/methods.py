@@ -68,8 +68,10 @@ METHODS = {
         _classes(kr, "KR"),
         {
             "kernel_num": 1,
-            "reduction": 1 / 8,
-            "attentions": odconv.ATTENTIONS,
+            "reduction": None,
+            "fusion_width": "both",
+            "attentions": None,
+            "attention_sharing": None,
             "representation": True,
             "representation_dim": None,
             "representation_start": "frequency",

@@ -125,10 +125,16 @@ OPTIONS: dict[str, Option] = {
             str, None, "ODConv: function of the spatial attention (Table 11)", choices=("sigmoid", "softmax")
         ),
         attention_sharing=Option(
-            bool, None, "ODConv: the kernels share spatial, channel and filter attentions (Table 12)"
+            bool, None, "ODConv, KR: the kernels share spatial, channel and filter attentions (ODConv, Table 12)"
         ),
         spatial_pool=Option(
             int, None, "ODConv: side of the map that the spatial attention sees (Table 16)", low=1, high=64
+        ),
+        fusion_width=Option(
+            str,
+            None,
+            "KR: the reduction is of feature and representation together, or of the feature alone",
+            choices=("both", "input"),
         ),
         representation=Option(
             bool, None, "KR: layers see the kernel representation of those before; false: their input only (Table 6)"

@@ -10,8 +10,20 @@ from torch import nn
 
 from .layers import dcd, weightnet
 from .layers import kernel_representation as kr
+from .layers.odconv import ATTENTIONS
 from .layers.relay import Relay
-from .plans import block_of, family_name, heads_of, is_deep, main_layers, replaceable, residual_units, select, stem_of
+from .plans import (
+    block_of,
+    family_name,
+    has_mlps,
+    heads_of,
+    is_deep,
+    main_layers,
+    replaceable,
+    residual_units,
+    select,
+    stem_of,
+)
 from .replacement import put, refuse_others, replacement
 
 
@@ -53,7 +65,7 @@ def kr_arguments(model, names, settings):
     """The parts of every unit, and the relay of all: the representation grows from the first one to the classifier."""
     modules = dict(model.named_modules())
     heads = _kr_checked_heads(model, modules, names, settings)
-    own = {key: settings[key] for key in ("kernel_num", "reduction", "attentions")}
+    own = {key: settings[key] for key in ("kernel_num", "fusion_width")} | _kr_coefficients(model, settings)
     passes_on, size = settings["representation"], settings["representation_dim"] or (16 if is_deep(model) else 32)
     whole = Relay([*names, *heads])
     arguments, given = {}, kr.START_SIZE if passes_on else 0
@@ -79,6 +91,21 @@ def kr_arguments(model, names, settings):
             arguments[name] = {"kernel_num": own["kernel_num"], "parts": part, "relay": relay, "layer": name}
         given += generated
     return arguments
+
+
+def _kr_coefficients(model, settings):
+    """The reduction and the kinds of coefficients that are given, or else those of a network's kind.
+
+    The costs in the paper's tables tell them: see `layers/kernel_representation.py`.
+    """
+    if has_mlps(model):
+        fitting = {"reduction": 1 / 8, "attentions": ("filter",), "attention_sharing": False}
+    else:
+        fitting = {"reduction": 1 / 16, "attentions": ATTENTIONS, "attention_sharing": True}
+    if settings["attentions"] is not None and settings["attention_sharing"] is None:
+        # named attentions are ODConv's
+        fitting["attention_sharing"] = True
+    return {key: value if settings[key] is None else settings[key] for key, value in fitting.items()}
 
 
 def _geometry(module):

@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 
+from timm.layers import Attention
 from timm.layers import Linear as TimmLinear
 from torch import nn
 
@@ -19,7 +20,7 @@ from .layers.base import DynamicLayer
 from .layers.kernel_representation import KRClassifier
 
 CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-SHARED_PARTS = ("layer", "conv", "pwconv", "dwconv")
+SHARED_PARTS = ("layer", "conv", "pwconv", "dwconv", "mlp")
 
 
 def resnet_plan(model):
@@ -87,12 +88,13 @@ def convnext_plan(model, stages=None):
 
 
 def vit_plan(model, groups=2):
-    """Vision transformers (Table 11): value, attention output and MLP matrices; query and key stay static.
+    """Vision transformers (Table 11): "weight matrices for value and MLP layers"; query and key stay static.
 
-    groups: of consecutive blocks, each with a warehouse for every kind of matrix.
+    groups: of consecutive blocks, which share a warehouse for values and one for MLPs.  The paper gives no groups; two,
+    with cells as large as they can be, have its parameters (`configs/deit_tiny/kw1x_deit_tiny.json`).
     """
     per_group = -(-len(model.blocks) // groups)
-    parts = {"attn.qkv.value": "value", "attn.proj": "output", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
+    parts = {"attn.qkv.value": "value0", "mlp.fc1": "mlp0", "mlp.fc2": "mlp1"}
     return [
         (f"blocks.{i}.{layer}", f"stage{i // per_group}_layer{i}_{part}")
         for i in range(len(model.blocks))
@@ -111,7 +113,7 @@ FAMILIES = {
     "ResNet": (resnet_plan, ["layer", "conv"], "batch"),
     "MobileNetV2": (mobilenetv2_plan, ["layer", "pwconv"], "batch"),
     "ConvNeXt": (convnext_plan, ["layer", "conv", "pwconv"], "layer"),
-    "VisionTransformer": (vit_plan, ["layer"], "layer"),
+    "VisionTransformer": (vit_plan, ["layer", "mlp"], "layer"),
     "other": (any_plan, [], "batch"),
 }
 
@@ -244,15 +246,24 @@ def is_deep(model):
     )
 
 
+def has_mlps(model):
+    """Whether a network's blocks have MLPs, as those of MetaFormers have."""
+    return any("mlp" in name.split(".") for name in replaceable(model))
+
+
 def main_layers(model):
-    """What dynamic convolutions replace by default: all convolutions but the first, and the linear layers of MLPs.
+    """What dynamic convolutions replace by default: all convolutions but the first, and the linear layers of residual
+    blocks: those of MLPs and of timm's self-attention (KR, section 4.2).
 
     In order; the parts of attention modules such as squeeze-and-excitation are not among them.
     """
     modules = replaceable(model)
     names = [name for name in modules if "se" not in name.split(".")]
     convolutions = [name for name in names if not hasattr(modules[name], "in_features")]
-    chosen = [name for name in names if name in convolutions[1:] or "mlp" in name.split(".")]
+    # other self-attentions may read the weights of their projections
+    attentions = [name for name, module in model.named_modules() if type(module) is Attention]
+    linear = {f"{name}.{part}" for name in attentions for part in ("qkv", "proj")}
+    chosen = [name for name in names if name in convolutions[1:] or "mlp" in name.split(".") or name in linear]
     return chosen or names[1:-1]
 
 

@@ -7,7 +7,8 @@
 
 Nothing is computed: models are built without memory.  The counting is that of models/counting.py, for one image of the
 config's input_size (224x224, and 32x32 for CIFAR).  "Added" is what a method adds to the static network: its attention
-and its mixing of kernels.  The papers' rows are those of configs/tables.csv.
+and its mixing of kernels; in the papers, the difference to the static network of the same table, and how far it may be
+from that by the rounding of both numbers.  The papers' rows are those of configs/tables.csv.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from models import ConfigError, build_model, read_config
 from models.counting import count_layers
 from models.options import MODEL_KEYS, OPTIONS
 
-CLASSES = {"CIFAR10": 10, "CIFAR100": 100}
+CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "glyphs": 500}
 UNITS = {"M": 1e6, "G": 1e9}
 # settings of models that change neither parameters nor multiply-adds
 TRAINING_KEYS = {
@@ -37,10 +38,11 @@ TRAINING_KEYS = {
     "block_drop_path",
     "attention_init",
     "head_init_scale",
+    "initialisation",
 }
-PARTS = ("attention", "mixing", "convolution")
+PARTS = ("attention", "mixing", "convolution", "norm")
 DESCRIPTION = ("source", "backbone", "method", "setting", "note")
-NO_ROW = dict.fromkeys((*DESCRIPTION, "parameters", "multiply_adds", "added"))
+NO_ROW = dict.fromkeys((*DESCRIPTION, "parameters", "multiply_adds", "added", "rounding"))
 
 
 @dataclass
@@ -57,10 +59,12 @@ class Row:
     attention: int
     mixing: int
     convolution: int
+    norm: int
     multiply_adds: int
     paper_multiply_adds: float | None
     added: int
     paper_added: float | None
+    paper_added_rounding: float | None
     note: str | None
 
     @property
@@ -109,25 +113,23 @@ def paper_value(text):
     return float(text[:-1]) * UNITS[text[-1]] if text else None
 
 
+def rounding(text):
+    """ "1.814G" -> 5e5, half of its last digit."""
+    return 0.5 * 10.0 ** -len(text[:-1].partition(".")[2]) * UNITS[text[-1]]
+
+
 def read_tables():
-    """The rows of the papers' tables, with numbers, and with what a method adds to the same paper's static network."""
+    """The rows of the papers' tables, with numbers, and with what a method adds to the static network of its table."""
     with open(ROOT / "configs/tables.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         row["parameters"] = paper_value(row["params_M"] and row["params_M"] + "M")
         row["multiply_adds"] = paper_value(row["madds"])
-    static = {}
-    for row in rows:
-        if row["method"] == "static" and row["multiply_adds"]:
-            static.setdefault((row["backbone"], is_cifar(row)), row["multiply_adds"])
-    for row in rows:
-        base = static.get((row["backbone"], is_cifar(row)))
-        row["added"] = row["multiply_adds"] - base if row["multiply_adds"] and base else None
+        row["added"] = row["rounding"] = None
+        if row["static_madds"]:
+            row["added"] = row["multiply_adds"] - paper_value(row["static_madds"])
+            row["rounding"] = rounding(row["madds"]) + rounding(row["static_madds"])
     return rows
-
-
-def is_cifar(row):
-    return row["recipe"].startswith("cifar")
 
 
 def name_of(path):
@@ -171,7 +173,8 @@ def summarize(path, layers, tables):
             **{key: row[key] or None for key in DESCRIPTION},
             paper_parameters=row["parameters"],
             paper_multiply_adds=row["multiply_adds"],
-            paper_added=row["added"] if row["method"] != "static" else None,
+            paper_added=row["added"],
+            paper_added_rounding=row["rounding"],
         )
         for row in [row for row in tables if row["config"] == name] or [NO_ROW]
     ]
@@ -197,7 +200,7 @@ def markdown_table(head, rows):
 
 def as_markdown(rows):
     head = ["config", "row", "parameters, M:", "paper:", "difference:", "multiply-adds, M:", "paper:", "difference, %:"]
-    head += ["added, M:", "paper:", "note:"]
+    head += ["added, M:", "paper, with its rounding:", "note:"]
     notes = list(dict.fromkeys(row.note for row in rows if row.note))
     lines = []
     for row in rows:
@@ -206,7 +209,8 @@ def as_markdown(rows):
         line += [_signed(row.parameters_difference, 3)]
         line += [_shown(row.multiply_adds, 1e6, 1), _shown(row.paper_multiply_adds, 1e6, 1)]
         line += [_signed(row.multiply_adds_difference, 2)]
-        line += [_shown(row.added, 1e6, 1), _shown(row.paper_added, 1e6, 1)]
+        within = "" if row.paper_added is None else f" ± {row.paper_added_rounding / 1e6:.1f}"
+        line += [_shown(row.added, 1e6, 1), _shown(row.paper_added, 1e6, 1) + within]
         lines.append([*line, str(notes.index(row.note) + 1) if row.note else ""])
     text = markdown_table(head, lines)
     return "\n".join([text, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))]).rstrip()

@@ -30,7 +30,8 @@ def naive_kernel(layer, attention):
             if "spatial" in attention:
                 row = row * attention["spatial"].reshape(row.shape[1:])
             if "filter" in attention:
-                row = row * attention["filter"][o]
+                # [O], or [K, O] where every kernel has its own
+                row = row * attention["filter"].reshape(-1, layer.out_channels)[k % layer.attention.sets, o]
             rows.append(row)
         total = total + torch.stack(rows)
     return total
@@ -43,6 +44,16 @@ def naive_attentions(heads, hidden):
             z = affine(getattr(heads, f"{name}_fc"), hidden)
             result[name] = z.exp() / z.exp().sum() if name == "kernel" else 1 / (1 + (-z).exp())
     return result
+
+
+def naive_encoded(heads, attention):
+    """What of the attentions is encoded: one number for all channels, of every kernel where each has its own."""
+    parts = []
+    for name, values in attention.items():
+        if name in ("channel", "filter"):
+            values = torch.stack([part.sum() / len(part) for part in values.chunk(heads.sets)])
+        parts.append(values)
+    return parts
 
 
 def naive_norm(norm, values):
@@ -64,11 +75,11 @@ def naive_unit(layers, x, d, between=()):
         # equation 4
         fused = affine(layers[0].fusion.fuse, pooled if d is None else torch.cat([d[index], pooled]))
         # equation 5
-        hidden = affine(layers[0].fusion.hidden, fused).clamp(min=0)
+        hidden = fused.clamp(min=0)
         everything = []
         for layer, act in itertools.zip_longest(layers, between):
             attention = naive_attentions(layer.attention, hidden)
-            everything += attention.values()
+            everything += naive_encoded(layer.attention, attention)
             kernel = naive_kernel(layer, attention)
             if tokens:
                 sample = F.linear(sample, kernel[..., 0], layer.bias)

@@ -16,13 +16,12 @@ from tolerance import assert_same
 
 pytest.importorskip("mmdet", reason="requirements-detection.txt is not installed")
 
-from mmdet.registry import DATASETS, METRICS, MODELS, TASK_UTILS
+from mmdet.registry import DATASETS, METRICS, MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.optim import build_optim_wrapper
 from PIL import Image
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from detection.backbones import ClassificationBackbone
 from detection.datasets import check_data
@@ -374,8 +373,12 @@ def test_every_config_trains_and_evaluates(path, coco):
     assert all(torch.isfinite(value).all() for value in losses.values())
 
 
-def test_learning_rates_decay_by_layers():
+@pytest.mark.parametrize("released", [True, False], ids=["released", "default"])
+def test_learning_rates_decay_by_layers(released):
     cfg = Config.fromfile(ROOT / "detection/configs/kw/mask_rcnn_kw1x_convnext_tiny.py")
+    if not released:
+        for setting in ("warehouses_at_full_rate", "decay_layer_scale"):
+            assert cfg.optim_wrapper.paramwise_cfg.pop(setting)
     model = MODELS.build(cfg.model)
     groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
     rate, decay = {}, {}
@@ -395,10 +398,11 @@ def test_learning_rates_decay_by_layers():
         assert rate[name] == pytest.approx(1e-4 * 0.95 ** (7 - step)), name
     for name, layers in warehouse_layers(model.backbone.model).items():
         stage = {int(layer.split(".")[1]) for layer in layers if layer.startswith("stages")} or {-1}
-        expected = {-1: (0,), 0: (1,), 1: (2,), 2: (3, 4, 5), 3: (6,)}[max(stage)]
+        expected = (7,) if released else {-1: (0,), 0: (1,), 1: (2,), 2: (3, 4, 5), 3: (6,)}[max(stage)]
         assert rate[f"backbone.model.{name}"] in [pytest.approx(1e-4 * 0.95 ** (7 - step)) for step in expected]
         assert decay[f"backbone.model.{name}"] == 0.05
-    assert {decay[n] for n in decay if "norm" in n or n.endswith(".bias") or n.endswith("gamma")} == {0.0}
+    assert {decay[n] for n in decay if "norm" in n or n.endswith(".bias")} == {0.0}
+    assert [decay[n] for n in decay if n.endswith("gamma")] == [0.05 if released else 0.0] * 18
 
 
 def test_released_settings():
@@ -419,12 +423,23 @@ def test_released_settings():
     assert kw.model.backbone.frozen_stages == 1 and kw.model.backbone.norm_eval
     model = MODELS.build(kw.model)
     wrapper = build_optim_wrapper(model, kw.optim_wrapper)
-    norms = {id(p) for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
-    assert norms
-    for group in wrapper.optimizer.param_groups:
-        for parameter in group["params"]:
-            assert group["weight_decay"] == (0.0 if id(parameter) in norms else 0.05)
-    assert TASK_UTILS  # the registry of anchors and samplers is filled by register_all_modules
+    # names with "norm" are exempt, as in the released files: norms of attentions, but not the backbone's BatchNorms
+    decay = {id(p): group["weight_decay"] for group in wrapper.optimizer.param_groups for p in group["params"]}
+    names = {n: decay[id(p)] for n, p in model.named_parameters() if p.requires_grad}
+    assert all(value == (0.0 if "norm" in n else 0.05) for n, value in names.items())
+    assert names["backbone.model.layer2.0.bn1.weight"] == 0.05
+    assert names["backbone.model.layer2.0.conv1.attention.norm1.weight"] == 0.0
+
+
+def test_warehouses_of_frozen_stages_train_where_the_released_code_lets_them():
+    cfg = Config.fromfile(ROOT / "detection/configs/kw/mask_rcnn_kw1x_resnet50.py").model.backbone
+    cfg = {key: value for key, value in cfg.items() if key != "type"}
+    free, safe = ClassificationBackbone(**cfg), ClassificationBackbone(**{**cfg, "freeze_warehouses": True})
+    frozen = [{n for n, p in backbone.model.named_parameters() if not p.requires_grad} for backbone in (free, safe)]
+    cells = frozen[1] - frozen[0]
+    assert cells == {"warehouses.stage0_layer_conv.cells"} and frozen[0] and not frozen[0] - frozen[1]
+    rates = {m.drop_prob for m in free.model.modules() if type(m).__name__ == "DropPath"}
+    assert rates == {0.1}
 
 
 def damage(content, how, root):

@@ -14,6 +14,8 @@ from models import KRConv1d, KRConv2d, KRConv3d, KRLinear
 from models.layers.kernel_representation import Step, low_frequencies, unit_parts
 from models.layers.relay import Relay
 
+# a coefficient of every kernel for every output channel, as in MetaFormers
+PER_CHANNEL = {"attentions": ["filter"], "attention_sharing": False}
 UNITS = {
     "conv1d": ([(KRConv1d, (6, 9, 5), {"padding": 2, "stride": 2})], [], (3, 6, 11), {"kernel_num": 2}),
     "conv2d": ([(KRConv2d, (6, 10, 3), {"padding": 1})], [], (3, 6, 7, 5), {"kernel_num": 3}),
@@ -27,6 +29,26 @@ UNITS = {
     "mlp": ([(KRLinear, (12, 20), {}), (KRLinear, (20, 12), {})], [F.gelu], (3, 7, 12), {"kernel_num": 2}),
     "mlp-one": ([(KRLinear, (12, 20), {}), (KRLinear, (20, 12), {"bias": False})], [F.gelu], (3, 2, 4, 12), {}),
     "mlp-conv": ([(KRConv2d, (12, 20, 1), {}), (KRConv2d, (20, 12, 1), {})], [F.gelu], (2, 12, 5, 5), {}),
+    "channels-mlp": (
+        [(KRLinear, (12, 20), {}), (KRLinear, (20, 12), {})],
+        [F.gelu],
+        (3, 7, 12),
+        {"kernel_num": 3, **PER_CHANNEL},
+    ),
+    "channels-one": ([(KRLinear, (12, 20), {})], [], (3, 7, 12), PER_CHANNEL),
+    "channels-depthwise": (
+        [(KRConv2d, (8, 8, 3), {"padding": 1, "groups": 8})],
+        [],
+        (3, 8, 6, 6),
+        {"kernel_num": 2, **PER_CHANNEL},
+    ),
+    "channels-groups": (
+        [(KRConv2d, (6, 9, 3), {"groups": 3, "stride": 2})],
+        [],
+        (3, 6, 7, 7),
+        {"kernel_num": 2, **PER_CHANNEL},
+    ),
+    "input-width": ([(KRConv2d, (16, 10, 3), {})], [], (3, 16, 5, 5), {"kernel_num": 2, "fusion_width": "input"}),
     "without-norm": ([(KRConv2d, (6, 10, 3), {})], [], (3, 6, 5, 5), {"kernel_num": 2, "norm": False}),
 }
 GIVEN, GENERATED = 5, 3
@@ -107,7 +129,7 @@ def test_a_layer_alone_sees_its_input(kind):
     layer = kind(6, 4, **({"kernel_size": 3} if dims else {}), kernel_num=2)
     layer = randomize(layer.double())
     assert_same(layer(x.double()), naive_unit([layer], x.double(), None)[0])
-    assert layer.fusion.hidden.in_features == 8 and layer._relay.value is None
+    assert layer.fusion.fuse.out_features == 8 and layer._relay.value is None
     assert "kernel_num=2" in repr(layer)
 
 

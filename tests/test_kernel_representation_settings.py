@@ -9,7 +9,7 @@ from naive_representation import LAYERS, Net, assert_empty, image, make_net, nai
 from tolerance import assert_same, difference
 from torch import nn
 
-from models import KRConv2d, build_model, convert, set_temperature, temperature_range
+from models import KRConv2d, KRLinear, build_model, convert, set_temperature, temperature_range
 from models.config import ConfigError
 from models.layers import KRClassifier
 from models.layers.kernel_representation import Step
@@ -63,13 +63,50 @@ def test_every_parameter_matters(settings, training):
 
 def test_sizes_follow_from_the_settings():
     """Table 7."""
-    for kernel_num, reduction, size, hidden in ((1, 1 / 4, 16, 8), (4, 1.0, 64, 12)):
-        net = convert(Net(), "kr", kernel_num=kernel_num, reduction=reduction, representation_dim=size)
-        assert net.conv.weight.shape == (kernel_num, 8, 8, 3, 3)
-        assert net.mlp.fc1.fusion.fuse.weight.shape == (hidden, 64 + 3 * size + 12)
-        assert net.head.in_features == 12 + 64 + 4 * size
-    wide = convert(nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 1)), "kr", reduction=0.5)
-    assert wide[1].fusion.hidden.in_features == 32
+    for kernel_num, reduction, size in ((1, 1 / 4, 16), (4, 1.0, 64)):
+        for width in ("both", "input"):
+            settings = {"kernel_num": kernel_num, "reduction": reduction, "representation_dim": size}
+            net = convert(Net(), "kr", fusion_width=width, **settings)
+            assert net.conv.weight.shape == (kernel_num, 8, 8, 3, 3)
+            seen = 64 + 3 * size + 12
+            hidden = max(8, int(reduction * (seen if width == "both" else 12)))
+            assert net.mlp.fc1.fusion.fuse.weight.shape == (hidden, seen)
+            assert net.head.in_features == 12 + 64 + 4 * size
+
+
+@pytest.mark.parametrize(("backbone", "per_channel", "reduction"), [
+    ("vit_nano_cifar", True, 1 / 8), ("poolformer_s12", True, 1 / 8), ("resnet18", False, 1 / 16),
+    ("mobilenetv2_050", False, 1 / 16),
+])  # fmt: skip
+def test_coefficients_by_the_kind_of_network(backbone, per_channel, reduction):
+    """What the costs in the paper's tables say: see the module's docstring."""
+    with torch.device("meta"):
+        model = build_model({"model": f"kr_{backbone}", "kernel_num": 4})
+        scalars = build_model({"model": f"kr_{backbone}", "kernel_num": 4, "attentions": ["kernel"]})
+    layers = [m for m in model.modules() if isinstance(m, (KRConv2d, KRLinear))]
+    for layer in layers:
+        heads = layer.attention
+        if per_channel:
+            assert heads.names == ["filter"] and heads.filter_fc.out_features == 4 * layer.out_channels
+        else:
+            assert {"kernel", "channel"} <= set(heads.names) and heads.sets == 1
+        if layer.fusion is not None:
+            width = max(8, int(reduction * (layer.fusion.given + layer.in_channels)))
+            assert layer.fusion.fuse.out_features == width
+    equation_1 = [m.attention for m in scalars.modules() if isinstance(m, (KRConv2d, KRLinear))]
+    assert all(heads.names == ["kernel"] and heads.kernel_fc.out_features == 4 for heads in equation_1)
+
+
+def test_units_of_transformers():
+    """Sections 4.1 and 4.2: self-attention and MLP are a unit each, of two linear layers."""
+    with torch.device("meta"):
+        model = build_model({"model": "kr_vit_nano"})
+    parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert list(model.conversion) == [f"blocks.{i}.{part}" for i in range(12) for part in parts] + ["head"]
+    for block in model.blocks:
+        for first, last in ((block.attn.qkv, block.attn.proj), (block.mlp.fc1, block.mlp.fc2)):
+            assert first.fusion is not None and first.generator is None
+            assert last.fusion is None and last.generator is not None and last.generator.project.out_features == 32
 
 
 @pytest.mark.parametrize(
@@ -83,8 +120,8 @@ def test_sizes_follow_from_the_settings():
         ("resnet101", 16, 99),
         ("mobilenetv2_100", 16, 51),
         ("mobilenetv2_050", 16, 51),
-        ("vit_nano", 32, 12),
-        ("vit_small", 32, 12),
+        ("vit_nano", 32, 24),
+        ("vit_small", 32, 24),
         # 12 MLPs and 3 patch embeddings
         ("poolformer_s12", 32, 15),
         ("convnext_atto", 32, 2 * 12 + 3),
@@ -109,7 +146,7 @@ def test_kernel_representation_costs_little():
 @pytest.mark.parametrize("words", [["all", "*.attn.*"], ["blocks.*.mlp.fc2"], ["last_2_blocks"]], ids=str)
 def test_layers_by_name(words):
     model = build_model({"model": "kr_vit_nano_cifar", "layers": words, "representation_dim": 8}, num_classes=5).eval()
-    units = {"all": 24, "blocks.*.mlp.fc2": 12, "last_2_blocks": 2}[words[0]]
+    units = {"all": 24, "blocks.*.mlp.fc2": 12, "last_2_blocks": 4}[words[0]]
     assert model.head.in_features == 128 + 64 + 8 * units
     assert model(image(2, 32, torch.float32)).shape == (2, 5)
 

@@ -471,7 +471,8 @@ def test_drop_path_of_resnets_is_the_same_in_every_block():
 
 def test_settings_of_the_half_mobilenet_come_from_the_model():
     model = build_model("configs/mobilenetv2_050/kw1d2x_mobilenetv2_050.json")
-    assert model.drop_rate == 0.1
+    # the released command line's 0 beats the 0.1 of the released model
+    assert model.drop_rate == 0.0
     assert list(model.warehouses)[-1] == "classifier" and model.warehouses["classifier"].cells.shape == (
         20,
         1000,

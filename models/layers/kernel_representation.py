@@ -6,12 +6,26 @@ A vector d, the kernel representation, travels beside the features.  A unit (a c
 together) predicts its kernels from its input and from d, and appends to d what it predicted; the classifier sees the
 last d.  The first one comes from the image.
 
-Equation 1 writes one attention alpha per kernel.  The costs in Tables 1, 4 and 5 are those of ODConv and a little more,
-at one kernel per layer, too, where such an alpha is constant: so its layers predict all four attentions of ODConv here.
-`attentions=["kernel"]` is equation 1 to the letter.  There is no temperature, as in the paper.
+What the text says, and what the costs in its tables say (no code was released; tests/test_representation_costs.py):
+
+- Layers and units: the text.  "Most parameterized layers ... except for the first" (section 3.3) and "two linear layers
+  in each residual block" of a vision transformer (4.2), so that its self-attention, with query, key and value in one
+  matrix, and its MLP are a unit each ("each residual block as one parameterized unit", 4.1; 2 x 32 = 64 dimensions "for
+  every Transformer block", Table 7).
+- The hidden width (D_i + C) r: the text calls r "the ratio between the dimensions of input to output channels for the
+  linear layer before kernel generator" (4.4), and its input is d_i and h; the costs confirm it.  `fusion_width="input"`
+  is the other reading, C r.  r is 1/8 in MetaFormers (Table 7); the costs in Table 5 speak for ODConv's 1/16 in
+  convolutional networks.
+- The coefficients: the costs alone.  Equation 1 has a scalar for every kernel (`attentions=["kernel"]`).  In
+  MetaFormers the costs fit a coefficient of every kernel for every output channel, `attentions=["filter"]` without
+  `attention_sharing`; in convolutional networks all four attentions of ODConv, whose costs Tables 4 and 5 exceed by
+  those of this path.
+- What the generator encodes: the costs alone.  They leave no room for a linear layer of that many coefficients, so that
+  those of channels are averaged first, which leaves what equation 1 has: a number for every kernel.
+- The functions: neither.  Coefficients are ODConv's, a sigmoid, and a softmax over kernels.  There is no temperature.
 
 Shapes: x is [B, C, *S], h the mean of a unit's input [B, C], d_i its representation [B, D_i], H the hidden width, A the
-number of attentions that a unit predicts.
+number of coefficients that a unit's generator encodes.
 """
 
 import math
@@ -21,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, check_reduction, global_pool
+from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, check_choice, check_reduction, global_pool
 from .odconv import ATTENTIONS, ODHeads, _ODLayer
 from .relay import Relay
 
@@ -29,6 +43,7 @@ from .relay import Relay
 FREQUENCIES, START_SIZE = 8, 64
 # the smallest hidden width of the paper: reduction 1/16 of ViT-Nano's 128 channels, which Table 7 tells from 1/8
 LEAST_WIDTH = 8
+FUSION_WIDTHS = ("both", "input")
 
 
 class Step(NamedTuple):
@@ -36,8 +51,7 @@ class Step(NamedTuple):
 
     given: torch.Tensor | None = None
     fused: torch.Tensor | None = None
-    hidden: torch.Tensor | None = None
-    attentions: tuple = ()
+    coefficients: tuple = ()
     generator: nn.Module | None = None
 
     def representation(self):
@@ -46,39 +60,46 @@ class Step(NamedTuple):
 
 
 class Fusion(nn.Module):
-    """Equation 4, and the hidden layer of equation 5.
-
-    forward: h [B, C] and d [B, given] (None where given is 0) -> h~ [B, H], and ReLU of a linear layer of it [B, H].
-    """
+    """Equation 4: h [B, C] and d [B, given] (None where given is 0) -> h~ [B, H]."""
 
     def __init__(self, given, in_channels, hidden, **kwargs):
         super().__init__()
         self.given = given
         self.fuse = nn.Linear(given + in_channels, hidden, **kwargs)
-        self.hidden = nn.Linear(hidden, hidden, **kwargs)
 
     def forward(self, pooled, representation):
-        fused = self.fuse(pooled if representation is None else torch.cat([representation, pooled], dim=1))
-        return fused, F.relu(self.hidden(fused))
+        return self.fuse(pooled if representation is None else torch.cat([representation, pooled], dim=1))
+
+
+def encoded_sizes(heads):
+    """Numbers that `encoded` gives of every attention of `ODHeads`."""
+    sizes = {name: getattr(heads, f"{name}_fc").out_features for name in heads.names}
+    return {name: heads.sets if name in ("channel", "filter") else size for name, size in sizes.items()}
+
+
+def encoded(attentions):
+    """The attentions of a layer [B, A], those along channels averaged over them."""
+    parts = [a.mean(2) if name in ("channel", "filter") else a.flatten(1) for name, a in attentions.items()]
+    return torch.cat(parts, dim=1)
 
 
 class RepresentationGenerator(nn.Module):
-    """Equations 6 and 7, with BatchNorm: d_i, h~ and all attentions of a unit -> d_{i+1} [B, D_i + size].
+    """Equations 6 and 7, with BatchNorm: d_i, h~ and the coefficients of a unit -> d_{i+1} [B, D_i + size].
 
     norm False leaves out BatchNorm (Table 6).
     """
 
-    def __init__(self, given, attentions, hidden, size, norm=True, **kwargs):
+    def __init__(self, given, coefficients, hidden, size, norm=True, **kwargs):
         super().__init__()
         self.out_features = given + size
         # what follows takes a constant off (BatchNorm), or adds one itself
-        self.encode = nn.Linear(attentions, size, bias=False, **kwargs)
+        self.encode = nn.Linear(coefficients, size, bias=False, **kwargs)
         self.project = nn.Linear(hidden + size, size, bias=not norm, **kwargs)
         self.norm = AttentionNorm(size, **kwargs) if norm else nn.Identity()
 
     def forward(self, step):
-        encoded = self.encode(torch.cat([attention.flatten(1) for attention in step.attentions], dim=1))
-        new = self.norm(self.project(torch.cat([step.fused, encoded], dim=1)))
+        embedding = self.encode(torch.cat(step.coefficients, dim=1))
+        new = self.norm(self.project(torch.cat([step.fused, embedding], dim=1)))
         return torch.cat([step.given, new], dim=1)
 
 
@@ -87,7 +108,9 @@ def unit_parts(
     kernel_num,
     *,
     reduction=1 / 8,
+    fusion_width="both",
     attentions=ATTENTIONS,
+    attention_sharing=True,
     given=0,
     generated=0,
     norm=True,
@@ -97,14 +120,20 @@ def unit_parts(
     """The modules of a unit, one dict for every layer of it: fusion (the first's), attention, generator (the last's).
 
     geometries: (C_in, C_out, taps, groups) of the layers, in their order.  given: D_i; generated: what the unit
-    appends; 0 for none.  Raises ValueError for settings that do not fit.
+    appends; 0 for none.  fusion_width: the hidden width is (D_i + C_in) reduction, or with "input" C_in reduction.
+    Raises ValueError for settings that do not fit.
     """
+    if kernel_num < 1:
+        raise ValueError(f"kernel_num {kernel_num} is below 1")
     check_reduction(reduction)
+    check_choice("fusion_width", [fusion_width], FUSION_WIDTHS)
     kwargs = {"device": device, "dtype": dtype}
     in_channels = geometries[0][0]
-    hidden = max(int(in_channels * reduction), LEAST_WIDTH)
-    heads = [ODHeads(hidden, *geometry, kernel_num, attentions=attentions, **kwargs) for geometry in geometries]
-    count = sum(head.out_features for part in heads for head in part.children())
+    hidden = max(int((in_channels + (given if fusion_width == "both" else 0)) * reduction), LEAST_WIDTH)
+    # coefficients of every output channel are the only ones that a depth-wise kernel may have
+    settings = {"attention_sharing": attention_sharing, "depthwise_filter": not attention_sharing, **kwargs}
+    heads = [ODHeads(hidden, *geometry, kernel_num, attentions=attentions, **settings) for geometry in geometries]
+    count = sum(sum(encoded_sizes(part).values()) for part in heads)
     if not count:
         raise ValueError(
             f"kernel_num {kernel_num} and attentions {', '.join(attentions)} leave no attention to predict; take more "
@@ -141,17 +170,18 @@ class _KRLayer(_ODLayer):
         step = self._relay.take(self.layer)
         if self.fusion is not None:
             given = step.representation()
-            step = Step(given, *self.fusion(global_pool(x), given))
-        attentions = self.attention(step.hidden)
-        predicted = (*step.attentions, *attentions.values())
-        self._relay.hand_on(step._replace(attentions=predicted, generator=self.generator))
+            step = Step(given, self.fusion(global_pool(x), given))
+        # equation 5: with the linear layer of the fusion a perceptron of one hidden layer
+        attentions = self.attention(F.relu(step.fused))
+        coefficients = (*step.coefficients, encoded(attentions)) if attentions else step.coefficients
+        self._relay.hand_on(step._replace(coefficients=coefficients, generator=self.generator))
         return self.modulated(x, attentions)
 
 
 class KRConv1d(_KRLayer, Conv1d):
     """`nn.Conv1d` with kernels that depend on a kernel representation: [B, C_in, L] -> [B, C_out, L'].
 
-    kernel_num: K kernels; reduction: hidden width over C_in, at least 8 wide; attentions: of `ODHeads`.
+    kernel_num: K kernels; reduction and fusion_width: of `unit_parts`; attentions and attention_sharing: of `ODHeads`.
     parts, relay, layer: this layer's part of its unit (`unit_parts`), the layers that pass the representation on, and
     this one's name among them.  Without them the layer is a unit of its own, that sees its input only.
     Raises ValueError for settings that do not fit, and RuntimeError in a forward pass that calls it out of order.
@@ -188,7 +218,7 @@ class KRClassifier(nn.Linear):
 
     def __init__(self, in_features, out_features, bias=True, *, representation, relay, layer, device=None, dtype=None):
         super().__init__(in_features + representation, out_features, bias, device=device, dtype=dtype)
-        self.layer = layer
+        self.layer, self.representation = layer, representation
         object.__setattr__(self, "_relay", relay)
 
     @torch.no_grad()

@@ -36,5 +36,6 @@ optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0),
+    # the released files exempt names with "norm" from weight decay, which BatchNorms of backbones do not have
+    paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.0))),
 )

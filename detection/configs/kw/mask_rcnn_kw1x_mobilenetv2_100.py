@@ -3,4 +3,12 @@
 # 3.89 M of them in the backbone.
 _base_ = "../_base_/recipe_kw.py"
 
-model = dict(backbone=dict(config="configs/mobilenetv2_100/kw1x_mobilenetv2_100.json", frozen_stages=1, norm_eval=True))
+# As in the released files, the cells of the frozen stage train.
+model = dict(
+    backbone=dict(
+        config="configs/mobilenetv2_100/kw1x_mobilenetv2_100.json",
+        frozen_stages=1,
+        freeze_warehouses=False,
+        norm_eval=True,
+    )
+)

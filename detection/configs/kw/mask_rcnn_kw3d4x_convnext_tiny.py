@@ -4,3 +4,5 @@
 _base_ = "../_base_/recipe_kw_convnext.py"
 
 model = dict(backbone=dict(config="configs/convnext/kw3d4x_convnext_tiny.json"))
+# As in the released files: warehouses learn at the full rate, and layer scales decay.
+optim_wrapper = dict(paramwise_cfg=dict(warehouses_at_full_rate=True, decay_layer_scale=True))

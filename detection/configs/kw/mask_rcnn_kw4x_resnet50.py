@@ -3,4 +3,13 @@
 # 99.97 M of them in the backbone.
 _base_ = "../_base_/recipe_kw.py"
 
-model = dict(backbone=dict(config="configs/resnet50/kw4x_resnet50.json", frozen_stages=1, norm_eval=True))
+# As in the released files: drop path 0.1, and the cells of the frozen stage train.
+model = dict(
+    backbone=dict(
+        config="configs/resnet50/kw4x_resnet50.json",
+        frozen_stages=1,
+        freeze_warehouses=False,
+        norm_eval=True,
+        drop_path=0.1,
+    )
+)
