@@ -258,6 +258,9 @@ class _ODLayer(Annealed):
 
     def _separate_kernels(self, attentions):
         """[B, O, I, *k] where every kernel has attentions of its own: one after the other, since B K O I T is large."""
+        if set(attentions) == {"filter"}:
+            kernels = torch.einsum("bko,koi->boi", attentions["filter"], self.weight.flatten(2))
+            return kernels.reshape(-1, *self.kernel_shape)
         groups, (c_out, c_in) = self.groups, self.kernel_shape[:2]
         total = 0
         for i in range(self.kernel_num):
