@@ -87,7 +87,9 @@ def test_step_is_the_written_out_one(use_amp, clip_grad):
     data = images(32)
     ours, plain = small_model("test_convnext"), small_model("test_convnext")
     metrics = train(
-        ours, options(opt="sgd", lr=0.1, batch_size=16, use_amp=use_amp, clip_grad=clip_grad, weight_decay=0.0), data
+        ours,
+        options(opt="momentum", lr=0.1, batch_size=16, use_amp=use_amp, clip_grad=clip_grad, weight_decay=0.0),
+        data,
     )
 
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)

@@ -367,6 +367,34 @@ def test_sharing_range(given, parts):
     assert joined == expected
 
 
+DEIT = {"value": "attn.qkv.value", "output": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "kinds", "ratio", "tiny", "small"),
+    [
+        # the text's, and the others that the configs' notes name
+        (2, {"value": "v", "fc1": "m", "fc2": "m"}, 1, 6.393, 24.336),
+        (2, {"value": "v", "output": "o", "fc1": "1", "fc2": "2"}, 0.5, 6.394, 24.364),
+        (3, {"value": "v", "output": "o", "fc1": "m", "fc2": "m"}, 1, 6.380, 24.354),
+        (3, {"value": "v", "output": "v", "fc1": "m", "fc2": "m"}, 1, 6.382, 24.357),
+        (3, {"value": "v", "output": "v", "fc1": "1", "fc2": "2"}, 0.5, 6.382, 24.337),
+    ],
+)
+def test_plans_of_vision_transformers(groups, kinds, ratio, tiny, small):
+    """Table 11 has 6.39 and 24.36 M; the paper gives neither groups nor cells."""
+    for name, expected in (("deit_tiny", tiny), ("deit_small", small)):
+        warehouses = {}
+        for block in range(12):
+            for kind, warehouse in kinds.items():
+                own = warehouses.setdefault(f"{warehouse}{block * groups // 12}", {"layers": []})
+                own["layers"].append(f"blocks.{block}.{DEIT[kind]}")
+        ratios = {"cell_inplane_ratio": ratio, "cell_outplane_ratio": ratio}
+        with torch.device("meta"):
+            model = build_model({"model": f"kw_{name}", "warehouses": warehouses, "reduction": 1 / 16, **ratios})
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(expected, abs=6e-4)
+
+
 @pytest.mark.parametrize(
     "backbone",
     ["resnet34", "resnet101", "resnet10t", "resnet26d", "mobilenetv2_075", "convnext_nano", "deit_tiny_patch16_224"],

@@ -3,10 +3,10 @@
 Layers tell the next ones which kernels they took.
 
 A vector d, the kernel representation, travels beside the features.  A unit (a convolution, or the layers of an MLP
-together) predicts its kernels from its input and from d, and appends to d what it predicted; the classifier sees the
+or a self-attention together) predicts its kernels from its input and from d, and appends to d what it predicted; the classifier sees the
 last d.  The first one comes from the image.
 
-What the text says, and what the costs in its tables say (no code was released; tests/test_representation_costs.py):
+What the text says, and what the costs in its tables say (no code was released; tests/test_summarize.py compares them):
 
 - Layers and units: the text.  "Most parameterized layers ... except for the first" (section 3.3) and "two linear layers
   in each residual block" of a vision transformer (4.2), so that its self-attention, with query, key and value in one
