@@ -2,9 +2,9 @@
 
 Layers tell the next ones which kernels they took.
 
-A vector d, the kernel representation, travels beside the features.  A unit (a convolution, or the layers of an MLP
-or a self-attention together) predicts its kernels from its input and from d, and appends to d what it predicted; the classifier sees the
-last d.  The first one comes from the image.
+A vector d, the kernel representation, travels beside the features.  A unit (a convolution, or the layers of an MLP or a
+self-attention together) predicts its kernels from its input and from d, and appends to d what it predicted; the
+classifier sees the last d.  The first one comes from the image.
 
 What the text says, and what the costs in its tables say (no code was released; tests/test_summarize.py compares them):
 
