@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 
-from models import build_model, read_config, set_temperature
+from models import KWConv2d, build_model, read_config, set_temperature
 from models.weights import released_keys
 
 HERE = Path(__file__).resolve().parent
@@ -81,16 +81,20 @@ def test_every_parameter_starts_as_released(paper, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "what"),
+    ("name", "what", "timms", "released"),
     [
-        ("resnet18", "layer1.0.bn2.weight"),
-        ("resnet50", "layer1.0.bn3.weight"),
-        ("resnet18", "fc.weight"),
-        ("mobilenetv2_100", "classifier.weight"),
-        ("mobilenetv2_100", "blocks.1.0.conv_dw.weight"),
+        # means of BatchNorm weights, standard deviations of the others
+        ("resnet18", "layer1.0.bn2.weight", 0.0, 1.0),
+        ("resnet50", "layer1.0.bn3.weight", 0.0, 1.0),
+        ("resnet18", "fc.weight", 0.0255, 0.01),
+        ("resnet50", "fc.weight", 0.0128, 0.01),
+        ("mobilenetv2_100", "classifier.weight", 0.0183, 0.01),
+        # 5.8 and 9.8 times
+        ("mobilenetv2_100", "blocks.0.0.conv_dw.weight", 0.47, 0.083),
+        ("mobilenetv2_100", "blocks.1.0.conv_dw.weight", 0.47, 0.048),
     ],
 )
-def test_timms_start_is_another_one_and_the_default(name, what):
+def test_timms_start_is_another_one_and_the_default(name, what, timms, released):
     """So the comparison above can fail; and a model without the setting is timm's, number by number."""
     torch.manual_seed(3)
     ours = build_model({"model": name})
@@ -99,8 +103,10 @@ def test_timms_start_is_another_one_and_the_default(name, what):
     assert all(torch.equal(value, expected[key]) for key, value in ours.state_dict().items())
     paper = "kernelwarehouse"
     keys = released_keys(ours, {key: key for key in START[paper][name]})
-    found = deviations(ours.get_parameter(what), *START[paper][name][keys[what]])
-    assert max(found.values()) > 1
+    value, (_, mean, std, _) = ours.get_parameter(what).detach(), START[paper][name][keys[what]]
+    assert max(deviations(value, *START[paper][name][keys[what]]).values()) > 1
+    number, recorded = (value.mean(), mean) if "bn" in what else (value.std(), std)
+    assert float(number) == pytest.approx(timms, rel=0.1) and recorded == pytest.approx(released, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -133,3 +139,19 @@ def test_first_gradients_depend_on_the_start():
     ratios = [a / b for a, b in zip(norms["released"][:-1], norms["timm"][:-1])]
     # 16.9, 11.9 and 9.6 times
     assert min(ratios) > 3 and norms["timm"][-1] == 0 < norms["released"][-1]
+
+
+def test_outputs_shrink_as_the_temperature_leaves_1():
+    """An untrained attention mixes cells of no relation: at 1/2 a layer's output is half as large, at 0 a fraction."""
+    torch.manual_seed(0)
+    model = build_model(ROOT / "configs/resnet18/kw1x_resnet18.json", num_classes=10, drop_path=0.0)
+    x, sizes = torch.randn(4, 3, 64, 64), {}
+    for layer in model.modules():
+        if isinstance(layer, KWConv2d):
+            layer.register_forward_hook(lambda layer, inputs, y: sizes[temperature].append(float(y.detach().std())))
+    for temperature in (1.0, 0.5, 0.0):
+        sizes[temperature] = []
+        set_temperature(model, temperature)
+        model.train()(x)
+    half, none = (torch.tensor(sizes[t]) / torch.tensor(sizes[1.0]) for t in (0.5, 0.0))
+    assert len(half) == 19 and 0.45 < half.median() < 0.6 and none.median() < 0.3
