@@ -107,7 +107,7 @@ def build_model(config, num_classes=1000, **overrides):
     config = {**defaults, **{key: value for key, value in config.items() if value is not None}}
     model = _static(backbone, num_classes, config)
     if config.get("initialisation") == "released":
-        start_as_released(model, keep_classifier=method in WAREHOUSE_METHODS and type(model).__name__ == "ResNet")
+        start_as_released(model, with_warehouses=method in WAREHOUSE_METHODS)
     if method is None:
         ignored = [key for key in METHOD_KEYS if key in config and key not in RELEASED_KEYS]
         if ignored:

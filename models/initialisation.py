@@ -10,19 +10,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .plans import family_name
 
-INITIALISATIONS = ("timm", "released")
 # families whose released code starts them in another way than timm does
 DIFFERENT = ("ResNet", "MobileNetV2")
 
 
-def start_as_released(model, keep_classifier=False):
+def start_as_released(model, with_warehouses=False):
     """Draw the weights of a static ResNet or MobileNetV2 as the released code does; any other network keeps timm's.
 
     Convolutions are Kaiming-normal by fan-out, groups not regarded; BatchNorms 1 and 0; the classifier is normal with
-    standard deviation 0.01 and biases 0.  keep_classifier: KernelWarehouse's ResNets leave theirs to PyTorch.
+    standard deviation 0.01 and biases 0.
+    with_warehouses: KernelWarehouse will be put in; its ResNets leave their classifier to PyTorch.
     """
-    if family_name(model) not in DIFFERENT:
+    family = family_name(model)
+    if family not in DIFFERENT:
         return
+    keep_classifier = with_warehouses and family == "ResNet"
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -41,7 +41,7 @@ from .relay import Relay
 
 # section 3.3: components per colour channel and direction, and the size of d_0
 FREQUENCIES, START_SIZE = 8, 64
-# the smallest hidden width of the paper: reduction 1/16 of ViT-Nano's 128 channels, which Table 7 tells from 1/8
+# a floor for narrow layers; the paper's networks are wider
 LEAST_WIDTH = 8
 FUSION_WIDTHS = ("both", "input")
 
