@@ -7,12 +7,13 @@
     python scripts/study.py --report                              # table and plot of the runs so far
 
 Every run is main.py with a config and a seed.  When it ends, it is a row of results/study.csv, and is not run again; a
-run that was interrupted goes on from its last checkpoint in --work_dir.  Rows of other data or options are kept apart.
+run that was interrupted goes on from its last checkpoint in --work_dir.  Rows of other data or settings are kept apart.
 """
 
 import argparse
 import concurrent.futures
 import csv
+import hashlib
 import json
 import math
 import os
@@ -26,9 +27,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from models.config import parse_command_line
+
 FIELDS = (
-    "config", "seed", "data", "options", "parameters", "multiply_adds", "acc1", "acc5", "loss", "train_loss", "seconds",
-    "threads",
+    "config", "seed", "data", "settings", "options", "parameters", "multiply_adds", "acc1", "acc5", "loss",
+    "train_loss", "seconds", "threads",
 )  # fmt: skip
 LOCK = threading.Lock()
 
@@ -74,13 +77,20 @@ def add_row(path, row):
 
 
 def key_of(row):
-    return row["config"], int(row["seed"]), row["data"], row["options"]
+    return row["config"], int(row["seed"]), row["data"], row["settings"]
+
+
+def settings_of(config, options):
+    """A digest of all that a config, its recipe and the options say."""
+    _, given = parse_command_line(["--kw_config", str(ROOT / config), *options])
+    given.pop("kw_config")
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def train(config, seed, args, data, classes):
     """Run main.py, and add its row."""
-    options = " ".join(args.options)
-    folder = args.work_dir / f"{Path(config).stem}-{seed}-{data}{'-' + options.replace(' ', '_') if options else ''}"
+    options, settings = " ".join(args.options), settings_of(config, args.options)
+    folder = args.work_dir / f"{Path(config).stem}-{seed}-{data}-{settings}"
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "main.py", "--kw_config", config, "--seed", str(seed), "--device", "cpu"]
     command += ["--data_path", str(Path(args.data_path).resolve()), "--output_dir", str(folder.resolve())]
@@ -88,7 +98,8 @@ def train(config, seed, args, data, classes):
     seconds = run(command, folder, args.threads, f"{config}, seed {seed}")
     last = json.loads((folder / "log.txt").read_text().splitlines()[-1])
     row = {
-        "config": config, "seed": seed, "data": data, "options": options, "parameters": last["n_parameters"],
+        "config": config, "seed": seed, "data": data, "settings": settings, "options": options,
+        "parameters": last["n_parameters"],
         "multiply_adds": multiply_adds(config, classes),
         "acc1": f"{last['test_acc1']:.3f}", "acc5": f"{last['test_acc5']:.3f}",
         "loss": f"{last['test_loss']:.4f}", "train_loss": f"{last['train_loss']:.4f}", "seconds": round(seconds),
@@ -136,9 +147,9 @@ def summarise(rows):
 
     groups = {}
     for row in rows:
-        groups.setdefault((row["config"], row["data"], row["options"]), []).append(row)
+        groups.setdefault((row["config"], row["data"], row["settings"], row["options"]), []).append(row)
     result = []
-    for (config, data, options), runs in groups.items():
+    for (config, data, _, options), runs in groups.items():
         values = [float(run["acc1"]) for run in runs]
         half = None
         if len(values) > 1:
@@ -214,7 +225,7 @@ def main():
     configs = args.configs or sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/glyphs/*.json"))
     done = {key_of(row) for row in read_rows(args.csv)}
     runs = [(config, seed) for seed in args.seeds for config in configs]
-    runs = [(config, seed) for config, seed in runs if (config, seed, data, " ".join(args.options)) not in done]
+    runs = [(c, seed) for c, seed in runs if (c, seed, data, settings_of(c, args.options)) not in done]
     print(f"{len(runs)} runs to go, of data {data}", file=sys.stderr, flush=True)
     until = time.monotonic() + 3600 * args.hours
 

@@ -136,7 +136,15 @@ def test_study_is_run_once_and_reported(glyphs, tmp_path):
 
 
 def test_intervals_are_those_of_the_t_distribution():
-    base = {"config": "c", "data": "d", "options": "", "parameters": 1, "multiply_adds": 2, "train_loss": 1.0}
+    base = {
+        "config": "c",
+        "data": "d",
+        "settings": "s",
+        "options": "",
+        "parameters": 1,
+        "multiply_adds": 2,
+        "train_loss": 1.0,
+    }
     rows = [{**base, "seed": i, "acc1": value, "seconds": 1800, "threads": 2} for i, value in enumerate((90, 92, 97))]
     (group,) = study.summarise(rows)
     # 4.303 is the 97.5 % quantile with two degrees of freedom
