@@ -170,6 +170,7 @@ def write_report(path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     groups = summarise(read_rows(path))
     if not groups:
@@ -202,9 +203,14 @@ def write_report(path):
         for axis, key in zip(axes, ("parameters", "multiply_adds"), strict=True):
             x, error = group[key] / 1e6, group["half"] or 0.0
             axis.errorbar(x, group["mean"], error, color=colour, marker=marker, capsize=3, linestyle="none")
-            axis.annotate(name.replace("_resnet18", ""), (x, group["mean"]), (5, 4), textcoords="offset points", size=8)
+            shown = ("static_" + name if family == "static" else name).replace("resnet18_", "").replace("_", " ")
+            axis.annotate(shown, (x, group["mean"]), (5, 4), textcoords="offset points", size=8)
     for axis, label in zip(axes, ("parameters, millions", "multiply-adds of an image, millions"), strict=True):
         axis.set(xscale="log", xlabel=label)
+        axis.margins(x=0.2, y=0.1)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(True, which="both", alpha=0.25)
     axes[0].set_ylabel("top-1 in fonts not trained on, %\n(mean of the seeds, 95 % interval)")
     figure.savefig(plot, dpi=130)
