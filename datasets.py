@@ -90,7 +90,17 @@ class ImageFolderData(Dataset):
         return self.transform(read_image(path, path)), label
 
 
-class DigitsData(Dataset):
+class GreyData(Dataset):
+    """Images in memory: `images` [N, H, W] with 256 grey levels, `labels`, and the `transform` of each."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.labels[index]
+
+
+class DigitsData(GreyData):
     """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 with 17 grey levels; 1,437 train, 360 test.
 
     The split is stratified and fixed. Source: UCI ML hand-written digits, test set.
@@ -111,14 +121,8 @@ class DigitsData(Dataset):
         self.labels = labels[chosen].tolist()
         self.transform = transform
 
-    def __len__(self) -> int:
-        return len(self.labels)
 
-    def __getitem__(self, index: int):
-        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.labels[index]
-
-
-class GlyphsData(Dataset):
+class GlyphsData(GreyData):
     """Characters in the fonts of `scripts/make_glyphs.py`, 32 x 32 with 256 grey levels; other fonts for the test.
 
     Raises:
@@ -136,12 +140,6 @@ class GlyphsData(Dataset):
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ConfigError(f"{path}: damaged, or not from scripts/make_glyphs.py: {error}") from None
         self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int):
-        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.labels[index]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models.config import parse_command_line
+from models.options import MODEL_KEYS
 
 FIELDS = (
     "config", "seed", "data", "settings", "options", "parameters", "multiply_adds", "acc1", "acc5", "loss",
@@ -80,16 +81,18 @@ def key_of(row):
     return row["config"], int(row["seed"]), row["data"], row["settings"]
 
 
-def settings_of(config, options):
-    """A digest of all that a config, its recipe and the options say."""
+def options_of(config, options):
+    """All that a config, its recipe and the options of main.py say."""
     _, given = parse_command_line(["--kw_config", str(ROOT / config), *options])
-    given.pop("kw_config")
+    return {name: value for name, value in given.items() if name != "kw_config"}
+
+
+def digest_of_options(given):
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def train(config, seed, args, data, classes):
+def train(config, seed, settings, args, data, classes):
     """Run main.py, and add its row."""
-    options, settings = " ".join(args.options), settings_of(config, args.options)
     folder = args.work_dir / f"{Path(config).stem}-{seed}-{data}-{settings}"
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "main.py", "--kw_config", config, "--seed", str(seed), "--device", "cpu"]
@@ -98,9 +101,9 @@ def train(config, seed, args, data, classes):
     seconds = run(command, folder, args.threads, f"{config}, seed {seed}")
     last = json.loads((folder / "log.txt").read_text().splitlines()[-1])
     row = {
-        "config": config, "seed": seed, "data": data, "settings": settings, "options": options,
+        "config": config, "seed": seed, "data": data, "settings": settings, "options": " ".join(args.options),
         "parameters": last["n_parameters"],
-        "multiply_adds": multiply_adds(config, classes),
+        "multiply_adds": multiply_adds(options_of(config, args.options), classes),
         "acc1": f"{last['test_acc1']:.3f}", "acc5": f"{last['test_acc5']:.3f}",
         "loss": f"{last['test_loss']:.4f}", "train_loss": f"{last['train_loss']:.4f}", "seconds": round(seconds),
         "threads": args.threads,
@@ -130,15 +133,16 @@ def run(command, folder, threads, name):
     return seconds
 
 
-def multiply_adds(config, classes):
+def multiply_adds(given, classes):
+    """Of an image, by the model that the options make."""
     import torch
 
-    from models import build_model, read_config
+    from models import build_model
     from models.counting import count_layers
 
     with torch.device("meta"):
-        model = build_model(str(ROOT / config), num_classes=classes)
-    return sum(layer.multiply_adds for layer in count_layers(model, read_config(ROOT / config)["input_size"]))
+        model = build_model({key: given[key] for key in MODEL_KEYS if key in given}, num_classes=classes)
+    return sum(layer.multiply_adds for layer in count_layers(model, given["input_size"]))
 
 
 def summarise(rows):
@@ -230,8 +234,9 @@ def main():
     data, classes = digest_of(arrays)[:12], len(arrays["classes"])
     configs = args.configs or sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/glyphs/*.json"))
     done = {key_of(row) for row in read_rows(args.csv)}
-    runs = [(config, seed) for seed in args.seeds for config in configs]
-    runs = [(c, seed) for c, seed in runs if (c, seed, data, settings_of(c, args.options)) not in done]
+    settings = {config: digest_of_options(options_of(config, args.options)) for config in configs}
+    runs = [(config, seed, settings[config]) for seed in args.seeds for config in configs]
+    runs = [run for run in runs if (run[0], run[1], data, run[2]) not in done]
     print(f"{len(runs)} runs to go, of data {data}", file=sys.stderr, flush=True)
     until = time.monotonic() + 3600 * args.hours
 
