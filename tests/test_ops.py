@@ -281,6 +281,28 @@ def test_layout_of_the_input_is_kept(order, groups, kernel):
     assert_same(last, y)
 
 
+@pytest.mark.parametrize("order", [None, "naive", *ORDERS])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_output_may_be_changed_in_place(order, last, groups, kernel):
+    x = torch.randn(2, 8 * groups, 4, 5, dtype=torch.float64)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    cells = torch.randn(3, 4, 8, kernel, kernel, dtype=torch.float64)
+    tensors = [t.requires_grad_() for t in (x, torch.randn(2, 2 * groups, 3, dtype=torch.float64), cells)]
+    arguments = [kernel] * 2, torch.randn(8 * groups, dtype=torch.float64, requires_grad=True), 1, kernel // 2, 1, groups
+    if order != "naive":
+        fitting(order, tensors, ([kernel] * 2, None, [1, 1], [kernel // 2] * 2, [1, 1], groups))
+    outcomes = []
+    for inplace in (False, True):
+
+        def activated(*call, inplace=inplace):
+            return torch.nn.functional.silu(mixture_conv(*call, backend=order), inplace=inplace)
+
+        outcomes.append(with_gradients(activated, tensors, arguments))
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registration(dtype):
     """The fake and autograd registrations agree with what the operator does."""

@@ -237,7 +237,9 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):
-        return torch.ops.kernelwarehouse.mixture_conv(*arguments)
+        # backends return views of what they computed, and autograd lets nobody change a function's view in place, as
+        # the activation after a convolution may
+        return torch.ops.kernelwarehouse.mixture_conv(*arguments).detach()
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(once_differentiable(_backward))
