@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from models import load_weights, set_temperature, temperature_range, warehouse_layers
 from models.config import ConfigError
-from models.weights import matched_state, read_checkpoint, state_dict_of
+from models.reader import read_checkpoint
+from models.weights import matched_state, state_dict_of
 from utils import Process, gather, is_main_process, log, set_seed
 
 FORMAT = 1
@@ -141,10 +142,7 @@ def read(path: str | Path) -> dict:
         ConfigError: damaged, not a checkpoint, or not to be had.
     """
     try:
-        if str(path).startswith(("http://", "https://")):
-            content = torch.hub.load_state_dict_from_url(str(path), map_location="cpu", weights_only=True)
-        else:
-            content = read_checkpoint(path)
+        content = read_checkpoint(path)
     except Exception as error:
         # a damaged file makes its readers raise anything
         text = " ".join(str(error).split()) or type(error).__name__

@@ -24,8 +24,8 @@ from scipy.optimize import nnls
 
 from measure import geometry_of, recorded_calls, seconds
 from models import build_model, read_config
+from models.ops.control import forced_order
 from models.ops.cost import work
-from models.ops.mixture_conv import forced_order
 from models.ops.registry import ORDERS, available_orders
 
 # config, batch, image size

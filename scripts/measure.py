@@ -12,9 +12,11 @@ import torch
 
 from models import build_model
 from models.build import parse_name
-from models.ops import scratch
+from models.ops import mixture_conv, sample_conv, scratch
+from models.ops.control import forced_order, observed
 from models.ops.geometry import geometry, is_channels_last
-from models.ops.mixture_conv import forced_order, mixture_conv
+
+OPERATORS = {"mixture_conv": mixture_conv, "sample_conv": sample_conv}
 
 # of outputs and gradients, relative to their norm; rounding gives 1e-6 in float32
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
@@ -78,23 +80,32 @@ class Case:
         """Largest relative difference to the naive order, of the outputs and gradients of any layer at its own inputs.
 
         Of whole models it would say nothing: with random weights a difference of rounding grows by a third per layer,
-        since every layer's kernels depend on what it sees.
+        since every layer's kernels depend on what it sees.  None where no layer calls an operator.
         """
-        worst = 0.0
-        for _, (x, alpha, cells, *rest) in recorded_calls(self.dynamic, self.x, self.autocast):
-            tensors, results = [t.clone().requires_grad_() for t in (x, alpha, cells)], []
+        worst = None
+        for name, _, arguments in _distinct_calls(self.dynamic, self.x, self.autocast):
+            inputs = [i for i, value in enumerate(arguments) if isinstance(value, torch.Tensor)]
+            arguments, results = list(arguments), []
+            for i in inputs:
+                arguments[i] = arguments[i].clone().requires_grad_()
+            tensors = [arguments[i] for i in inputs]
             for order in ("naive", None):
                 with forced_order(order), self.autocast():
-                    y = mixture_conv(*tensors, *rest)
+                    y = OPERATORS[name](*arguments)
                 # a gradient of one sign would leave little after cancellation
                 dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
                 results.append([y.detach(), *torch.autograd.grad(y, tensors, dy)])
-            worst = max(worst, *map(relative, *reversed(results)))
+            worst = max(worst or 0.0, *map(relative, *reversed(results)))
         return worst
 
     def require_agreement(self, name):
         """The disagreement; ends the program where it is more than rounding."""
         error = self.disagreement()
+        if error is None:
+            sys.exit(
+                f"error: {name}: its layers use none of {', '.join(OPERATORS)}, so that there is no naive order to "
+                "agree with; no speed is printed"
+            )
         if not error <= AGREEMENT[self.dtype]:
             sys.exit(f"error: {name}: results differ from the naive order by {error:.1e}; no speed is printed")
         return error
@@ -159,24 +170,27 @@ class Case:
         return rows
 
 
-def recorded_calls(model, x, context=contextlib.nullcontext):
-    """(how often, arguments) of the operator in one forward pass, each shape once."""
-    import models.layers.kernel_warehouse as home
+def _distinct_calls(model, x, context=contextlib.nullcontext):
+    """[operator, how often, arguments] of one forward pass, each shape once, without biases."""
+    calls = {}
 
-    calls, operator = {}, home.mixture_conv
+    def record(name, *arguments):
+        shapes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in arguments]
+        key = str((name, *shapes))
+        if key not in calls:
+            bias = 4 if name == "mixture_conv" else 2
+            kept = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+            calls[key] = [name, 0, (*kept[:bias], None, *kept[bias + 1 :])]
+        calls[key][1] += 1
 
-    def recording(x, alpha, cells, kernel_size, bias=None, *rest):
-        key = str((*x.shape, *alpha.shape, *cells.shape, *kernel_size, *rest))
-        calls.setdefault(key, [0, (x.detach(), alpha.detach(), cells.detach(), kernel_size, None, *rest)])[0] += 1
-        return operator(x, alpha, cells, kernel_size, bias, *rest)
-
-    home.mixture_conv = recording
-    try:
-        with torch.no_grad(), context():
-            model.eval()(x)
-    finally:
-        home.mixture_conv = operator
+    with observed(record), torch.no_grad(), context():
+        model.eval()(x)
     return list(calls.values())
+
+
+def recorded_calls(model, x, context=contextlib.nullcontext):
+    """(how often, arguments) of `mixture_conv` in one forward pass, each shape once."""
+    return [call[1:] for call in _distinct_calls(model, x, context) if call[0] == "mixture_conv"]
 
 
 def geometry_of(x, alpha, cells, kernel, bias=None, stride=1, padding=0, dilation=1, groups=1):

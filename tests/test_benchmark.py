@@ -6,14 +6,17 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from models.ops.compiled import compiler
+from models.ops.control import order_forced
 from models.ops.cost import CPU
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+from measure import OPERATORS, Case
+
 SMALL = ("--kw_config", "configs/mobilenetv2_050/kw1x_mobilenetv2_050.json", "--batch_size", "2", "--input_size", "32")
 
 
@@ -52,6 +55,21 @@ def test_numbers_are_kept(tmp_path):
         static = next(r for r in rows if r["contender"] == "static" and all(r[k] == row[k] for k in ("mode", "dtype")))
         assert float(row["of_static"]) == pytest.approx(float(static["seconds"]) / float(row["seconds"]), rel=2e-3)
         assert float(row["peak_mb"]) > 0.05
+
+
+@pytest.mark.parametrize("method", ["odconv", "dyconv", "condconv", "kr", "cgc", "weightnet", "dcd", "we"])
+def test_agreement_is_of_calls(method, monkeypatch):
+    """A method's speed is printed only where its own calls were compared, and a wrong result is noticed."""
+    case = Case({"model": f"{method}_test_resnet"}, 2, 32)
+    if method in ("dcd", "we"):
+        with pytest.raises(SystemExit, match="no naive order to agree with"):
+            case.require_agreement("x.json")
+        return
+    assert case.require_agreement("x.json") < 1e-5
+    for name, operator in OPERATORS.items():
+        monkeypatch.setitem(OPERATORS, name, lambda *a, f=operator: f(*a) * (1 if order_forced() == "naive" else 1.01))
+    with pytest.raises(SystemExit, match="differ from the naive order"):
+        case.require_agreement("x.json")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Checkpoints survive crashes, refuse damage and code, and a resumed run equals the unbroken one."""
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import http.server
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 
 import numpy as np
@@ -30,7 +32,7 @@ from checkpoints import (
     set_rng_state,
     write_checkpoint,
 )
-from models import build_model, load_weights, set_temperature, temperature_range
+from models import build_model, load_weights, reader, set_temperature, temperature_range
 from models.config import ConfigError
 
 CPU = torch.device("cpu")
@@ -188,6 +190,74 @@ def test_url(tmp_path, server, monkeypatch, capsys):
         line = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(line) == 1 and name in line[0]
     assert not target.exists()
+
+
+def test_two_urls_of_one_name_are_two_files(tmp_path, server, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    for index in (0, 1):
+        (tmp_path / str(index)).mkdir()
+        torch.save({"model": {"weight": torch.full((3,), index)}}, tmp_path / str(index) / "model.pth")
+    for index in (0, 1, 0):
+        assert read(f"{server}/{index}/model.pth")["model"]["weight"][0] == index
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_released_options_by_url_and_a_damaged_copy(tmp_path, server, monkeypatch, legacy):
+    """What is kept of a download is verified whenever it is read, and fetched again where it changed."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    content = {"model": {"weight": torch.arange(1000.0)}, "args": argparse.Namespace(lr=0.1)}
+    torch.save(content, tmp_path / "released.pth", _use_new_zipfile_serialization=not legacy)
+    assert read(f"{server}/released.pth")["args"].lr == 0.1
+    (kept,) = (tmp_path / "hub").rglob("*-released.pth")
+    whole = kept.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:1000] + bytes([whole[1000] ^ 4]) + whole[1001:]):
+        kept.write_bytes(content)
+        assert torch.equal(read(f"{server}/released.pth")["model"]["weight"], torch.arange(1000.0))
+        assert kept.read_bytes() == whole
+    (tmp_path / "released.pth").unlink()
+    assert read(f"{server}/released.pth")["args"].lr == 0.1, "what is kept needs no server"
+
+
+class Short(http.server.BaseHTTPRequestHandler):
+    """Sends half of what it promises."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "4000")
+        self.end_headers()
+        self.wfile.write(b"x" * 2000)
+
+    def log_message(self, *arguments):
+        pass
+
+
+class Silent(Short):
+    """Says nothing for longer than anybody waits."""
+
+    def do_GET(self):
+        time.sleep(3)
+
+
+@pytest.mark.parametrize(("handler", "reason"), [(Short, "2000 of 4000"), (Silent, "timed out")])
+def test_a_download_that_ends_early_or_never_is_refused(handler, reason, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(reader, "SECONDS", 0.5)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        with pytest.raises(ConfigError, match=reason):
+            read(f"http://127.0.0.1:{running.server_port}/model.pth")
+        running.shutdown()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_hash_in_the_name_counts(tmp_path, server, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    torch.save({"model": {}}, tmp_path / "any")
+    digest = hashlib.sha256((tmp_path / "any").read_bytes()).hexdigest()
+    for name, fits in ((f"model-{digest[:8]}.pth", True), ("model-0123abcd.pth", False)):
+        (tmp_path / name).write_bytes((tmp_path / "any").read_bytes())
+        with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="SHA-256"):
+            assert read(f"{server}/{name}") == {"model": {}}
 
 
 def test_options_of_released_checkpoints_are_read(tmp_path, state):

@@ -15,7 +15,7 @@ import timm
 import torch
 
 from models import KWConv2d, build_model, read_config, set_temperature
-from models.weights import released_keys
+from models.released import own_keys
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -70,7 +70,7 @@ def deviations(value, count, mean, std, largest):
 @pytest.mark.parametrize(("paper", "name"), NETWORKS)
 def test_every_parameter_starts_as_released(paper, name):
     model = build_model(config_of(paper, name))
-    keys = released_keys(model, {key: key for key in START[paper][name]})
+    keys = own_keys(model, {key: key for key in START[paper][name]})
     parameters = dict(model.named_parameters())
     assert set(keys) == set(parameters)
     wrong = {}
@@ -102,7 +102,7 @@ def test_timms_start_is_another_one_and_the_default(name, what, timms, released)
     expected = timm.create_model(name).state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in ours.state_dict().items())
     paper = "kernelwarehouse"
-    keys = released_keys(ours, {key: key for key in START[paper][name]})
+    keys = own_keys(ours, {key: key for key in START[paper][name]})
     value, (_, mean, std, _) = ours.get_parameter(what).detach(), START[paper][name][keys[what]]
     assert max(deviations(value, *START[paper][name][keys[what]]).values()) > 1
     number, recorded = (value.mean(), mean) if "bn" in what else (value.std(), std)

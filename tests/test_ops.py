@@ -290,7 +290,14 @@ def test_the_output_may_be_changed_in_place(order, last, groups, kernel):
     x = x.to(memory_format=torch.channels_last) if last else x
     cells = torch.randn(3, 4, 8, kernel, kernel, dtype=torch.float64)
     tensors = [t.requires_grad_() for t in (x, torch.randn(2, 2 * groups, 3, dtype=torch.float64), cells)]
-    arguments = [kernel] * 2, torch.randn(8 * groups, dtype=torch.float64, requires_grad=True), 1, kernel // 2, 1, groups
+    arguments = (
+        [kernel] * 2,
+        torch.randn(8 * groups, dtype=torch.float64, requires_grad=True),
+        1,
+        kernel // 2,
+        1,
+        groups,
+    )
     if order != "naive":
         fitting(order, tensors, ([kernel] * 2, None, [1, 1], [kernel // 2] * 2, [1, 1], groups))
     outcomes = []

@@ -14,7 +14,7 @@ from helpers import KW
 from models import build_model, warehouse_layers
 from models.config import parse_command_line
 from models.options import OPTIONS
-from models.weights import released_keys
+from models.released import own_keys
 from optim_factory import Schedule, create_optimizer, parameter_groups
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def test_configs_group_parameters_as_the_released_code(name):
     optimizer = create_optimizer(args, model)
     ours = {n: (group["weight_decay"], group["lr"]) for group in optimizer.param_groups for n in group["names"]}
     theirs = {n: (group["weight_decay"], group["lr"]) for group in released["groups"] for n in group["names"]}
-    names = released_keys(model, {n: n for n in theirs})
+    names = own_keys(model, {n: n for n in theirs})
     assert {names[n]: values for n, values in ours.items()} == theirs
     assert type(optimizer).__name__ == released["optimizer"]
     for setting, value in released["settings"].items():

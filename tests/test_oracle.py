@@ -18,8 +18,8 @@ from tolerance import NETWORK
 
 from models import build_model, load_weights, set_temperature
 from models.ops import registry
-from models.ops.mixture_conv import forced_order
-from models.weights import released_keys
+from models.ops.control import forced_order
+from models.released import own_keys
 
 # those in Triton do not compute in float64
 ORDERS = [order for order in registry.ORDERS if not order.startswith("triton")]
@@ -110,7 +110,7 @@ def compare(name, temperature, order=None, strict=True):
     if temperature in record["eval"]:
         expected["eval"] = torch.tensor(record["eval"][temperature]["logits"])
     if isinstance(released["grad_norm"], dict):
-        keys = released_keys(model, {key: key for key in record["keys"]})
+        keys = own_keys(model, {key: key for key in record["keys"]})
         norms = released["grad_norm"]
         expected["norms"] = {key: norms[old] for key, old in keys.items() if old in norms}
         assert len(expected["norms"]) > 10

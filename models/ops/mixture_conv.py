@@ -1,32 +1,18 @@
 """The mixture convolution as a registered operator, with the order of evaluation chosen per call."""
 
-import contextlib
 import functools
 import math
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from .control import forced_order, order_forced, tell
 from .cost import cheapest
 from .geometry import geometry, is_channels_last, output_size
 from .naive import mixture_conv_naive
 from .registry import COMPILED, ORDERS, available_orders
 
-_forced = None
-
-
-@contextlib.contextmanager
-def forced_order(order):
-    """Within it every mixture convolution uses this order where it can; None lets the cost decide.
-
-    For tests and measurements; not for several threads.
-    """
-    global _forced
-    before, _forced = _forced, order
-    try:
-        yield
-    finally:
-        _forced = before
+__all__ = ["forced_order", "mixture_conv"]
 
 
 def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend=None):
@@ -45,19 +31,21 @@ def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, d
         [v] * dims if isinstance(v, int) else list(v) for v in (kernel_size, stride, padding, dilation)
     )
     _check(x, alpha, cells, kernel_size, groups)
+    tell("mixture_conv", x, alpha, cells, kernel_size, bias, stride, padding, dilation, groups)
+    order = backend or order_forced() or "auto"
     # tensors without data, as in counting, have no autocast
     autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if dtype != torch.float64 and x.dtype == torch.float64:
         dtype = x.dtype
     x, alpha, bias = x.to(dtype), alpha.to(dtype), bias if bias is None else bias.to(dtype)
-    if (backend or _forced) == "naive":
+    if order == "naive":
         return mixture_conv_naive(x, alpha, cells.to(dtype), kernel_size, bias, stride, padding, dilation, groups)
     tensors = [x, alpha, cells] if bias is None else [x, alpha, cells, bias]
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     eager = differentiable and not torch.compiler.is_compiling()
     operator = _Differentiable.apply if eager else torch.ops.kernelwarehouse.mixture_conv
-    order, strict = backend or _forced or "auto", backend is not None
+    strict = backend is not None
     return operator(x, alpha, cells, bias, kernel_size, stride, padding, dilation, groups, order, strict)
 
 

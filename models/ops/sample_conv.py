@@ -4,6 +4,7 @@ import math
 
 import torch.nn.functional as F
 
+from .control import order_forced, tell
 from .geometry import output_size
 
 # output positions up to which a product with patches beats a grouped convolution, which is slow at small maps
@@ -16,9 +17,12 @@ def sample_conv(x, kernels, bias=None, stride=1, padding=0, dilation=1, groups=1
     x: [B, C, *S] with one to three spatial dimensions; kernels: [B, O, C / groups, *K]; bias: [O] or None; the others
     as in `torch.nn.functional.conv2d`.  Returns [B, O, *S'].
     """
+    tell("sample_conv", x, kernels, bias, stride, padding, dilation, groups)
     dims, window = x.ndim - 2, kernels.shape[3:]
     stride, padding, dilation = ([v] * dims if isinstance(v, int) else list(v) for v in (stride, padding, dilation))
     out = output_size(x.shape[2:], window, stride, padding, dilation)
+    if order_forced() == "naive":
+        return grouped_sample_conv(x, kernels, bias, stride, padding, dilation, groups)
     if groups == 1 and math.prod(window) == 1 and not any(padding):
         patches = x[(..., *(slice(None, None, s) for s in stride))].flatten(2)
     elif groups == 1 and dims == 2 and math.prod(out) <= SMALL_MAP:
