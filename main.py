@@ -74,7 +74,6 @@ def run(args, given: dict) -> None:
     from timm.data import Mixup
     from timm.loss import SoftTargetCrossEntropy
     from timm.utils import ModelEmaV3
-    from torch.nn.parallel import DistributedDataParallel
 
     import checkpoints
     import utils
@@ -168,7 +167,7 @@ def run(args, given: dict) -> None:
         model.compile()
     net = model
     if process.world > 1:
-        net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        net = utils.in_parallel(model, device)
 
     # train
     started = time.perf_counter()

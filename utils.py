@@ -28,6 +28,8 @@ class UnreadableImage(RuntimeError):
 
 # ---------------------------------------------------------------------------------------------------- processes
 
+GPU_BACKEND = "nccl"
+
 
 @dataclass(frozen=True)
 class Process:
@@ -54,7 +56,10 @@ def read_launcher(args, env=os.environ) -> tuple[int, int, int, int, str]:
     """What the launcher says: rank, world, local rank, local world, and the address at which the processes meet.
 
     Understands torchrun and torch.distributed.launch (RANK, WORLD_SIZE, LOCAL_RANK or --local-rank), Open MPI
-    (with --dist_on_itp) and SLURM; without any of them there is one process.
+    (with --dist_on_itp) and SLURM's steps; without any of them there is one process.
+
+    Raises:
+        ConfigError: several processes are asked for, and no launcher says which of them this one is.
     """
     url = args.dist_url
     if args.dist_on_itp and "OMPI_COMM_WORLD_RANK" in env:
@@ -72,7 +77,7 @@ def read_launcher(args, env=os.environ) -> tuple[int, int, int, int, str]:
         rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
         local_rank = int(env.get("LOCAL_RANK", max(args.local_rank, 0)))
         return rank, world, local_rank, int(env.get("LOCAL_WORLD_SIZE", world)), url
-    if "SLURM_PROCID" in env:
+    if in_slurm_step(env):
         rank, local_rank = int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0))
         world = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
         nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", 1)))
@@ -83,7 +88,23 @@ def read_launcher(args, env=os.environ) -> tuple[int, int, int, int, str]:
             port = env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000
             url = f"tcp://{host}:{port}"
         return rank, world, local_rank, max(1, world // nodes), url
+    if url != "env://" or args.world_size > 1:
+        asked = f"--dist_url {url}" if url != "env://" else f"--world_size {args.world_size}"
+        raise ConfigError(
+            f"{asked}: no launcher says which of the processes this one is; start them with torchrun or srun, or set "
+            "RANK, WORLD_SIZE and LOCAL_RANK in the environment of each"
+        )
+    if int(env.get("SLURM_NTASKS", 1)) > 1:
+        print(
+            f"note: one process, though SLURM allocated {env['SLURM_NTASKS']} tasks; srun starts them all", flush=True
+        )
     return 0, 1, max(args.local_rank, 0), 1, url
+
+
+def in_slurm_step(env=os.environ) -> bool:
+    """Whether srun started this process; the script of a job, which runs alone, has a SLURM_PROCID of 0, too."""
+    step = {"SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS"} & set(env)
+    return "SLURM_PROCID" in env and (bool(step) or int(env["SLURM_PROCID"]) > 0)
 
 
 def first_host(hosts: str) -> str:
@@ -93,7 +114,7 @@ def first_host(hosts: str) -> str:
 
 
 def start_processes(args) -> Process:
-    """Pick the device and join the other processes: NCCL on GPUs, gloo elsewhere.
+    """Pick the device and join the other processes: NCCL for tensors on GPUs, gloo for those on the CPU.
 
     Raises:
         ConfigError: where the device does not exist.
@@ -106,6 +127,9 @@ def start_processes(args) -> Process:
         name = "cpu"
     if name.startswith("cuda"):
         index = int(name.partition(":")[2] or local_rank) if world == 1 else local_rank
+        if torch.cuda.device_count() == 1 and "LOCAL_RANK" not in os.environ:
+            # srun and mpirun can show each process a GPU of its own
+            index = 0
         if index >= torch.cuda.device_count():
             raise ConfigError(
                 f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
@@ -117,7 +141,8 @@ def start_processes(args) -> Process:
     if world > 1:
         on_gpu = device.type == "cuda"
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
+            # an average of the weights may be kept on the CPU
+            f"cpu:gloo,cuda:{GPU_BACKEND}" if on_gpu else "gloo",
             init_method=url,
             rank=rank,
             world_size=world,
@@ -143,12 +168,18 @@ def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def synchronise_buffers(*modules: torch.nn.Module) -> None:
-    """Give every process the first one's buffers.
+def in_parallel(model: torch.nn.Module, device: torch.device) -> torch.nn.parallel.DistributedDataParallel:
+    """The model with its gradients averaged over the processes.
 
-    Each process averages the BatchNorm statistics of its own images; the first one's are saved, and all must evaluate
-    with those.
+    Buffers are not sent around in every forward pass: each process averages the BatchNorm statistics of its own images,
+    and `synchronise_buffers` makes them one.
     """
+    devices = [device] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def synchronise_buffers(*modules: torch.nn.Module) -> None:
+    """Give every process the first one's buffers: they are saved, and all must evaluate with those."""
     if dist.is_initialized():
         for module in modules:
             for buffer in module.buffers():

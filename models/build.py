@@ -10,7 +10,7 @@ from torch import nn
 
 from . import plans
 from .config import ConfigError, read_config
-from .conversion import WAREHOUSE_METHODS, WAREHOUSE_SETTINGS, convert
+from .conversion import WAREHOUSE_METHODS, convert
 from .initialisation import start_as_released
 from .methods import METHODS
 from .options import MODEL_KEYS
@@ -21,8 +21,6 @@ OWN_KEYS = {
     "initialisation",
 }  # fmt: skip
 METHOD_KEYS = MODEL_KEYS - OWN_KEYS
-# what the released configs of static models hold, too
-RELEASED_KEYS = {*WAREHOUSE_SETTINGS, "sharing_range"}
 # ODConv's tables count squeeze-and-excitation without biases
 BLOCK_ATTENTIONS = {"se": functools.partial(SEModule, rd_ratio=1 / 16, bias=False), "cbam": "cbam", "eca": "eca"}
 
@@ -105,24 +103,34 @@ def build_model(config, num_classes=1000, **overrides):
     if given and defaults.get("block_attention", given) != given:
         raise ConfigError(f"block_attention '{given}' contradicts the model's name '{config['model']}'")
     config = {**defaults, **{key: value for key, value in config.items() if value is not None}}
+    _refuse_useless_keys(prefix, method, backbone, config)
     model = _static(backbone, num_classes, config)
     if config.get("initialisation") == "released":
         start_as_released(model, with_warehouses=method in WAREHOUSE_METHODS)
     if method is None:
-        ignored = [key for key in METHOD_KEYS if key in config and key not in RELEASED_KEYS]
-        if ignored:
-            raise ConfigError(f"'{ignored[0]}' is for dynamic models such as od_{backbone}; '{backbone}' is static")
         return model
 
     settings = {key: config[key] for key in METHOD_KEYS if key in config}
     if prefix == "kw1d2x" and "warehouses" not in config:
-        if type(model).__name__ != "EfficientNet":
-            raise ConfigError(f"model '{config['model']}': {prefix} is for MobileNetV2 only, use kw_{backbone}")
         settings["warehouses"] = _half_mobilenetv2(model)
     try:
         return convert(model, method, **settings)
     except ValueError as error:
         raise ConfigError(f"model '{config['model']}': {error}") from None
+
+
+def _refuse_useless_keys(prefix, method, backbone, config):
+    """Raises ConfigError for what would silently build another model than its reader expects."""
+    useless = [key for key in config if key in METHOD_KEYS]
+    if method is None and useless:
+        raise ConfigError(
+            f"'{useless[0]}' is for dynamic models such as kw_{backbone}; '{backbone}' is static: leave it out, or "
+            "name a dynamic model"
+        )
+    if prefix == "kw1d2x" and not backbone.startswith("mobilenetv2_"):
+        raise ConfigError(
+            f"model '{prefix}_{backbone}': {prefix} is for MobileNetV2 only; use kw_{backbone} with cell_num_ratio 0.5"
+        )
 
 
 def _static(backbone, num_classes, config):

@@ -316,7 +316,7 @@ OPTIONS: dict[str, Option] = {
     ),
     **_in_group(
         "processes",
-        world_size=Option(int, 1, "number of processes, where dist_url is not env://", low=1),
+        world_size=Option(int, 1, "number of processes; the launcher says it", low=1),
         local_rank=Option(int, -1, "index on this machine, as the launcher passes it", low=-1),
         dist_on_itp=Option(bool, False, "read rank and size from Open MPI's environment"),
         dist_url=Option(str, "env://", "address at which the processes meet"),

@@ -3,14 +3,19 @@
 import argparse
 import os
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import KW, METHODS, METHODS_OF_RUNS, free_port, launch, make_image_folder, quick, read_log
 
 import main
+import utils
 from checkpoints import read
-from utils import first_host, read_launcher
+from models import build_model
+from models.config import ConfigError
+from utils import first_host, read_launcher, start_processes
 
 LINE = re.compile(r"^\* Acc@1 ([\d.]+) Acc@5 ([\d.]+) loss ([\d.]+)$", re.MULTILINE)
 
@@ -115,7 +120,8 @@ def test_non_finite_loss_stops_all_processes(folder, tmp_path):
 
 
 def launcher(**options):
-    return argparse.Namespace(**{"dist_url": "env://", "dist_on_itp": False, "local_rank": -1, **options})
+    defaults = {"dist_url": "env://", "dist_on_itp": False, "local_rank": -1, "world_size": 1}
+    return argparse.Namespace(**{**defaults, **options})
 
 
 def test_launcher_environments():
@@ -126,7 +132,7 @@ def test_launcher_environments():
     assert read_launcher(launcher(local_rank=1), old)[:3] == (1, 2, 1)
     slurm = {
         "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_JOB_ID": "20007",
-        "SLURM_NODELIST": "gpu[03-04]",
+        "SLURM_NODELIST": "gpu[03-04]", "SLURM_STEP_ID": "0",
     }  # fmt: skip
     assert read_launcher(launcher(), slurm) == (9, 16, 1, 8, "tcp://gpu03:20007")
     slurm |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
@@ -135,6 +141,107 @@ def test_launcher_environments():
     assert read_launcher(launcher(), {**slurm, **torchrun})[:3] == (5, 8, 1)
     mpi = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
     assert read_launcher(launcher(dist_on_itp=True), mpi)[:3] == (3, 4, 1)
+
+
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}], ids=["sbatch", "shell"])
+def test_alone_in_an_allocation_of_many_tasks(step, capsys):
+    """The script of a SLURM job, and a shell that srun opened in it, run once and wait for nobody."""
+    script = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
+    assert read_launcher(launcher(), {**script, **step})[:4] == (0, 1, 0, 1)
+    assert step or "8 tasks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [{"dist_url": "tcp://127.0.0.1:1"}, {"world_size": 2}], ids=str)
+def test_several_processes_without_a_launcher_are_refused(options, tmp_path, capsys):
+    """Each would take itself for the first of one, and write to the same folder."""
+    assert main.main(quick(**options, output_dir=tmp_path / "out")) == 2
+    assert re.search(r"^error: --(dist_url|world_size).*torchrun", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_gpu_of_its_own_for_every_task(rank, monkeypatch):
+    """srun --gpus-per-task=1 shows each task one GPU, which is its number 0."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
+    step = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": 8, "SLURM_STEP_NODELIST": "gpu1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in step.items():
+        monkeypatch.setenv(name, str(value))
+    assert start_processes(launcher(device="cuda")).device == torch.device("cuda:0") and chosen == [0]
+    # torchrun shows all of them to all
+    for name, value in {"RANK": rank, "WORLD_SIZE": 8, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, str(value))
+    with nullcontext() if rank == 0 else pytest.raises(ConfigError, match="has no GPU"):
+        start_processes(launcher(device="cuda"))
+
+
+def _gpu_worker(rank, port, results):
+    """A process of two whose GPUs have a backend that takes no tensor of the CPU, as NCCL."""
+    environment = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in {**environment, "GLOO_SOCKET_IFNAME": "lo"}.items()})
+    dist.Backend.register_backend("gpus", lambda *args: dist.ProcessGroupGloo(*args), devices="cuda")
+    torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)
+    torch.cuda.set_device = lambda index: None
+    start, utils.GPU_BACKEND = dist.init_process_group, "gpus"
+
+    start("gpus", store=dist.HashStore(), rank=0, world_size=1)
+    with pytest.raises(RuntimeError, match="No backend type associated with device type cpu"):
+        utils.reduce_sum(torch.tensor([rank]))
+    dist.destroy_process_group()
+
+    # the device of NCCL, to which this one cannot be bound
+    dist.init_process_group = lambda *args, device_id, **kwargs: start(*args, **kwargs)
+    utils.start_processes(launcher(device="cuda"))
+    average = torch.nn.BatchNorm1d(3)
+    average.running_mean.fill_(rank + 1)
+    utils.synchronise_buffers(average)
+    results.put((rank, average.running_mean.tolist(), utils.reduce_sum(torch.tensor([rank + 1])).tolist()))
+    dist.destroy_process_group()
+
+
+def test_averages_on_the_cpu_with_several_gpus():
+    """--model_ema_force_cpu: buffers and counts on the CPU go over another backend than NCCL."""
+    context = torch.multiprocessing.get_context("spawn")
+    results, port = context.Queue(), free_port()
+    processes = [context.Process(target=_gpu_worker, args=(rank, port, results), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    outcomes = sorted(results.get(timeout=120) for _ in processes)
+    assert outcomes == [(rank, [1.0] * 3, [3]) for rank in range(2)]
+
+
+def _ddp_worker(rank, port, results):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    model = build_model({"model": "kw_test_resnet", **KW}, num_classes=3)
+    net = utils.in_parallel(model, torch.device("cpu"))
+    sent = []
+    broadcast = dist._broadcast_coalesced
+    dist._broadcast_coalesced = lambda *args: sent.append(args) or broadcast(*args)
+    for _ in range(2):
+        net(torch.randn(4, 3, 32, 32)).sum().backward()
+    own = torch.cat([buffer.flatten().double() for buffer in model.buffers()])
+    utils.synchronise_buffers(model)
+    one = torch.cat([buffer.flatten().double() for buffer in model.buffers()])
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    results.put((rank, len(sent), *(float(t.square().sum()) for t in (own, one, gradient))))
+    dist.destroy_process_group()
+
+
+def test_buffers_are_each_process_s_own_until_the_end_of_an_epoch():
+    context = torch.multiprocessing.get_context("spawn")
+    results, port = context.Queue(), free_port()
+    processes = [context.Process(target=_ddp_worker, args=(rank, port, results), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    first, second = sorted(results.get(timeout=120) for _ in processes)
+    assert first[1] == second[1] == 0, "buffers were broadcast in a forward pass"
+    assert first[2] != second[2] and first[3] == second[3] == first[2] and first[4] == second[4]
 
 
 @pytest.mark.parametrize(

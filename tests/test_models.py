@@ -469,7 +469,14 @@ def test_a_module_in_two_places_is_replaced_in_both():
         (lambda: convert(OwnNet(), sharing_range=["layers"]), ["layers", "pwconv"]),
         (lambda: convert(nn.Sequential(*map(circular, range(3)))), ["'1'", "circular"]),
         (lambda: build_model({"model": "kw_resnet8"}), ["kw_resnet8", "kw_resnet18"]),
-        (lambda: build_model({"model": "kw1d2x_resnet18"}), ["MobileNetV2", "kw_resnet18"]),
+        *(
+            (lambda name=name: build_model({"model": f"kw1d2x_{name}"}), ["MobileNetV2", f"kw_{name}"])
+            for name in ("resnet18", "efficientnet_b0", "efficientnet_lite0", "mnasnet_050")
+        ),
+        *(
+            (lambda own=own: build_model({"model": "resnet18", **own}), [*own, "static", "kw_resnet18"])
+            for own in ({"cell_num_ratio": 4}, {"sharing_range": ["layer"]}, {"reduction": 0.1}, {"kernel_num": 1})
+        ),
         (lambda: build_model({**SMALL["resnet18"], "cell_inplane_ratio": 0.3}), ["stage0", "layer1.0.conv1", "0.3"]),
         (lambda: build_model({"model": "kw_resnet18", "cell_num_ration": 1}), ["cell_num_ration", "cell_num_ratio"]),
     ],
