@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
@@ -243,15 +243,18 @@ class ReaderData(Dataset):
 class StreamData(IterableDataset):
     """A timm reader without random access (wds, tfds, hfids).
 
-    In training the reader divides the stream among the processes. In evaluation every process reads all of it and
-    takes every world-th image, so that each counts once.
+    In training the reader divides the stream among the processes and their loader processes; what is random about an
+    image follows from (seed, epoch, process, loader process, position in its stream). In evaluation every process reads
+    all of it and takes every world-th image, so that each counts once.
     """
 
     classes = None
 
-    def __init__(self, reader, transform, is_train: bool):
-        self.reader, self.transform, self.is_train = reader, transform, is_train
+    def __init__(self, reader, transform, is_train: bool, seed: int = 0):
+        self.reader, self.transform, self.is_train, self.seed = reader, transform, is_train, seed
         self.rank, self.world = 0, 1
+        # loader processes live on from epoch to epoch
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         # to tell whether the reader left out any; only in evaluation is each to be taken once
         self.total = None if is_train else reader.num_samples
         if not is_train:
@@ -260,10 +263,18 @@ class StreamData(IterableDataset):
     def __len__(self) -> int:
         return len(self.reader)
 
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+        self.reader.set_epoch(epoch)
+
     def __iter__(self):
+        worker = get_worker_info()
+        stream = (self.seed, int(self.epoch), self.rank, worker.id if worker else 0)
         for index, (image, label) in enumerate(self.reader):
             if self.is_train or index % self.world == self.rank:
-                yield self.transform(to_rgb(ImageOps.exif_transpose(image))), label
+                with _seeded((*stream, index)):
+                    image = self.transform(to_rgb(ImageOps.exif_transpose(image)))
+                yield image, label
 
 
 class SeededData(Dataset):
@@ -277,12 +288,14 @@ class SeededData(Dataset):
 
     def __getitem__(self, position: tuple[int, int]):
         epoch, index = position
-        with _seeded(int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])):
+        with _seeded((self.seed, epoch, index)):
             return self.data[index]
 
 
 @contextlib.contextmanager
-def _seeded(seed: int):
+def _seeded(position: tuple[int, ...]):
+    """Within it all random generators of the CPU are those of a position; then they go on where they were."""
+    seed = int(np.random.SeedSequence(position).generate_state(1)[0])
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)
@@ -422,7 +435,7 @@ def _reader_data(args, is_train: bool, transform) -> Dataset:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"--data_set {args.data_set}, {split} split of {args.data_path}: {reason}") from None
     if isinstance(data, IterableDataset):
-        return StreamData(data.reader, transform, is_train)
+        return StreamData(data.reader, transform, is_train, args.seed)
     return ReaderData(data.reader, transform)
 
 
@@ -454,7 +467,7 @@ class Loaders:
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the training images; call it before every epoch."""
         if isinstance(self.train.dataset, StreamData):
-            self.train.dataset.reader.set_epoch(epoch)
+            self.train.dataset.set_epoch(epoch)
         else:
             self.train.sampler.epoch = epoch
 
@@ -492,6 +505,7 @@ def make_loaders(args, given: dict, process) -> Loaders:
     loaders = Loaders(None, None, nb_classes)
     if isinstance(train_data, StreamData):
         train_data.reader.set_loader_cfg(workers)
+        train_data.rank, train_data.world = process.rank, process.world
         loaders.train = DataLoader(train_data, drop_last=True, generator=_own_generator(args), **common)
     elif train_data is not None:
         sampler = TrainSampler(len(train_data), process.rank, process.world, args.seed)

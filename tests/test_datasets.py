@@ -10,7 +10,7 @@ from helpers import EXIF_ORIENTATION, make_cifar, make_image_folder, quick, read
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data.auto_augment import rand_augment_transform
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torchvision import transforms
 
 import datasets
@@ -18,7 +18,9 @@ import main
 from datasets import (
     CIFARData,
     EvalSampler,
+    Loaders,
     SeededData,
+    StreamData,
     TrainSampler,
     UnreadableImage,
     make_data,
@@ -329,6 +331,49 @@ def test_cifar_trains_and_is_evaluated(tmp_path, name, classes, capsys):
     assert f"{classes} classes" in capsys.readouterr().out
     assert main.main(quick(**common, eval=True, resume=tmp_path / "out" / "checkpoint-0.pth")) == 0
     assert "* Acc@1 " in capsys.readouterr().out
+
+
+class Shards:
+    """As timm's readers of streams: the images of a process, divided among its loader processes."""
+
+    def __init__(self, rank, world):
+        self.share, self.num_samples = range(rank, 24, world), 24
+
+    def set_epoch(self, epoch):
+        pass
+
+    def __len__(self):
+        return len(self.share)
+
+    def __iter__(self):
+        worker = get_worker_info()
+        for index in self.share[worker.id :: worker.num_workers] if worker else self.share:
+            yield Image.new("RGB", (4, 4), (index, 0, 0)), index
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_choices_in_streams(workers):
+    """They differ between images, processes and epochs, and a resumed run makes those of the unbroken one."""
+
+    def draws(rank, epochs):
+        transform = lambda image: torch.tensor([random.random(), np.random.rand(), torch.rand(1).item()])  # noqa: E731
+        data = StreamData(Shards(rank, 2), transform, True, seed=3)
+        data.rank, data.world = rank, 2
+        generator = torch.Generator().manual_seed(0)
+        loader = DataLoader(data, 3, num_workers=workers, persistent_workers=workers > 0, generator=generator)
+        loaders, result = Loaders(loader, None, 24), []
+        for epoch in epochs:
+            loaders.set_epoch(epoch)
+            result.append(
+                {int(label): tuple(row) for rows, labels in loader for row, label in zip(rows.tolist(), labels)}
+            )
+        return result
+
+    first, second = draws(0, range(3)), draws(1, range(3))
+    assert [len(epoch) for epoch in first + second] == [12] * 6
+    for generator in range(3):
+        assert len({row[generator] for epoch in first + second for row in epoch.values()}) == 6 * 12
+    assert draws(1, [2]) == second[2:]
 
 
 def test_timm_reader_string(tmp_path):
