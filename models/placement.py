@@ -163,7 +163,7 @@ def kr_finish(model, names, settings, keep_weights):
         device=last.weight.device,
         dtype=last.weight.dtype,
     )
-    model.kernel_representation.attach(model, stem)
+    model.kernel_representation.attach(model, stem, last)
     return heads
 
 

@@ -197,4 +197,5 @@ def relay_of(net):
 
 
 def assert_empty(net):
-    assert relay_of(net).value is None and relay_of(net).position == 0
+    relay = relay_of(net)
+    assert relay.value is None and relay.position == 0 and not relay.outer

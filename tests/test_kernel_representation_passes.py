@@ -4,6 +4,7 @@ import copy
 import io
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -42,16 +43,62 @@ def test_nothing_outlives_an_exception(name):
     assert torch.equal(net(image()), expected)
 
 
-def test_features_and_head_apart():
-    """timm's two halves of a forward pass."""
-    model = build_model({"model": "kr_vit_nano_cifar"}, num_classes=5).eval()
-    x = image(2, 32, torch.float32)
-    features = model.forward_features(x)
-    assert torch.equal(model.forward_head(features), model(x))
-    # features alone: the next pass starts anew
-    model.forward_features(x[:1])
-    assert torch.equal(model.forward_head(features := model.forward_features(x)), model(x))
-    assert features.shape == (2, 65, 128)
+@pytest.mark.parametrize("backbone", ["vit_nano_cifar", "test_resnet", "mobilenetv2_050"])
+def test_features_and_head_apart(backbone):
+    """timm's two halves of a forward pass, of two images at once."""
+    model = build_model({"model": f"kr_{backbone}"}, num_classes=5).eval()
+    inputs = [image(batch, 32, torch.float32) for batch in (2, 3)]
+    expected = [model(x) for x in inputs]
+    features = [model.forward_features(x) for x in inputs]
+    assert_empty(model)
+    for value, y in zip(features[::-1], expected[::-1]):
+        assert torch.equal(model.forward_head(value), y)
+        assert_empty(model)
+    # of other features nobody knows the representation
+    with pytest.raises(RuntimeError, match="out of order"):
+        model.forward_head(features[0].clone())
+    assert_empty(model)
+
+
+def test_features_alone_keep_nothing_alive():
+    model = build_model({"model": "kr_vit_nano_cifar"}, num_classes=5)
+    kept = []
+    handle = model.blocks[-1].mlp.fc1.fusion.register_forward_hook(lambda *a: kept.append(weakref.ref(a[2])))
+    features = model.forward_features(image(2, 32, torch.float32))
+    assert features.requires_grad and kept[0]() is not None
+    del features
+    assert kept[0]() is None
+    # layers that somebody else calls one after the other
+    x = model.norm(model.blocks(model._pos_embed(model.patch_embed(image(2, 32, torch.float32)))))
+    assert_empty(model)
+    del x
+    assert kept[1]() is None
+    handle.remove()
+
+
+def test_a_pass_within_a_pass():
+    """A hook that runs the model again, whole or half, and one that fails in it."""
+    net = build_model({"model": "kr_vit_nano_cifar"}, num_classes=5).eval()
+    x, other = image(2, 32, torch.float32), image(3, 32, torch.float32)
+    expected, inner = net(x), net(other)
+    for call in (net, lambda x: net.forward_head(net.forward_features(x)), lambda x: net.forward_features(x[:, :1])):
+        seen = []
+
+        def again(module, args, output, call=call, seen=seen):
+            if not seen:
+                seen.append(None)
+                try:
+                    seen.append(call(other))
+                except RuntimeError as error:
+                    seen.append(error)
+
+        for place in (net.patch_embed, net.blocks[0].mlp.fc1, net.blocks[-1], net.norm):
+            seen.clear()
+            handle = place.register_forward_hook(again)
+            assert torch.equal(net(x), expected)
+            handle.remove()
+            assert isinstance(seen[1], RuntimeError) or torch.equal(seen[1], inner)
+            assert_empty(net)
 
 
 def test_threads_do_not_meet():

@@ -28,6 +28,7 @@ Shapes: x is [B, C, *S], h the mean of a unit's input [B, C], d_i its representa
 number of coefficients that a unit's generator encodes.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -303,17 +304,60 @@ class KernelRepresentation(nn.Module):
         # at the end of an nn.Sequential it is called
         return x
 
-    def attach(self, model, stem):
-        """Start at the input of a layer, the first that sees the image, and forget all when the model is through."""
+    def attach(self, model, stem, last):
+        """Start at the input of a layer, the first that sees the image, and forget all when the model is through.
+
+        last: the last layer before the classifier; where that is called by itself, nobody will ask for more.
+        """
         # the hooks are methods, so that those of a copy are the copy's; the handles keep their numbers from being
         # given to others, once a model is unpickled
         self.handles = (
+            model.register_forward_pre_hook(self._enter, prepend=True),
             stem.register_forward_pre_hook(self._begin),
-            model.register_forward_hook(self._end, always_call=True),
+            last.register_forward_hook(self._end_of_features),
+            model.register_forward_hook(self._leave, always_call=True),
         )
+        for name in ("forward_features", "forward_head"):
+            if hasattr(type(model), name):
+                setattr(model, name, _Half(model, name))
+
+    def _enter(self, model, inputs):
+        self._relay.enter()
 
     def _begin(self, stem, inputs):
         self._relay.start(Step(self.start(inputs[0])))
 
-    def _end(self, model, inputs, output):
-        self._relay.clear()
+    def _end_of_features(self, last, inputs, output):
+        if not self._relay.outer:
+            self._relay.clear()
+
+    def _leave(self, model, inputs, output):
+        self._relay.leave()
+
+
+class _Half:
+    """timm's `forward_features` or `forward_head` of a model.
+
+    Called alone, the first one's features carry the representation that the second one's classifier asks for.
+    """
+
+    def __init__(self, model, name):
+        self.model, self.name = model, name
+
+    def __call__(self, x, *args, **kwargs):
+        call = functools.partial(getattr(type(self.model), self.name), self.model, x, *args, **kwargs)
+        relay, features = self.model.kernel_representation._relay, self.name == "forward_features"
+        carried = getattr(x, "kernel_representation", None)
+        # the model's own call, in a pass that has begun, or has come from its features
+        if relay.outer and carried is None and features == (relay.value is None):
+            return call()
+        relay.enter()
+        try:
+            if carried is not None:
+                relay.value, relay.position = carried
+            result = call()
+            if features and relay.value is not None:
+                result.kernel_representation = relay.value, relay.position
+            return result
+        finally:
+            relay.leave()

@@ -11,11 +11,19 @@ class Relay(threading.local):
     Every thread has its own, so that forward passes at the same time do not meet.  Layers hold it as an unregistered
     reference: a copy of the model gets one relay of its own, and nothing of it is saved.
     layers: the names of those that pass it on, in their order.
+    `enter` begins a pass within another one, which goes on after `leave`.
     """
 
     def __init__(self, layers=()):
-        self.layers = tuple(layers)
+        self.layers, self.outer = tuple(layers), ()
         self.clear()
+
+    def enter(self):
+        self.outer = (self.value, self.position, self.outer)
+        self.clear()
+
+    def leave(self):
+        self.value, self.position, self.outer = self.outer or (None, 0, ())
 
     def clear(self):
         self.value, self.position = None, 0
