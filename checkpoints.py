@@ -4,10 +4,12 @@ A checkpoint is a dict of tensors, numbers, strings, lists and dicts: `model`, `
 `epoch`, `temperature`, `best` (accuracies), `rng` (of every process), `args`, `versions`, `world_size`, `format`.
 """
 
+import math
 import os
 import random
 import re
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -89,6 +91,36 @@ def remove_stale_files(folder: Path) -> None:
     """Remove what a killed process was writing."""
     for path in folder.glob(".checkpoint*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def set_aside(folder: Path, start_epoch: int, fresh: bool) -> None:
+    """Move what a run that starts at `start_epoch` does not go on from into a folder beside its own checkpoints.
+
+    Otherwise a longer run that was there before would outrank this one's checkpoints at the next start.
+
+    Args:
+        fresh: the run goes on from none of them.
+    """
+    if not is_main_process():
+        return
+    old = [path for epoch, path in numbered_checkpoints(folder) if fresh or epoch >= start_epoch]
+    for best in (folder / "checkpoint-best.pth", folder / "checkpoint-best-ema.pth"):
+        if best.is_file() and (fresh or (old and _epoch_of(best) >= start_epoch)):
+            old.append(best)
+    if old:
+        aside = folder / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
+        aside.mkdir(exist_ok=True)
+        for path in old:
+            path.rename(aside / path.name)
+        log(f"{len(old)} checkpoints of an earlier run, which this one does not go on from, were moved to {aside}")
+
+
+def _epoch_of(path: Path) -> float:
+    """The epoch of a checkpoint; one that cannot be read counts as the last."""
+    try:
+        return read(path).get("epoch", math.inf)
+    except ConfigError:
+        return math.inf
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

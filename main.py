@@ -161,6 +161,8 @@ def run(args, given: dict) -> None:
         start_epoch, best = checkpoints.restore(checkpoint, path, model, ema, optimizer, scaler, args, process)
     if output is not None and process.is_main:
         checkpoints.remove_stale_files(output)
+    if output is not None and args.save_ckpt:
+        checkpoints.set_aside(output, start_epoch, fresh=checkpoint is None)
     run_log = utils.RunLog(args, start_epoch)
     if args.compile:
         # in place: neither the keys of the weights nor the copy for the EMA change

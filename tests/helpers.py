@@ -1,10 +1,14 @@
 """What several tests of the training loop share: made images, and ways to start main.py."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -131,15 +135,44 @@ def launch(arguments, launcher="single", processes=1, timeout=180, env=None):
     starter = starters[launcher]
     if starter:
         starter = [*starter, f"--nproc_per_node={processes}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **(env or {})}
+    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **(env or {})}
     command = [sys.executable, *starter, str(ROOT / "main.py"), *arguments]
-    # the processes form a group of their own, so that none outlives a test that runs out of time
+    return finish(command, timeout, environment)
+
+
+@contextlib.contextmanager
+def started(command, env=None, **kwargs):
+    """A process that ends with the block, and with it all that it started, in sessions of their own, too."""
+    mark = f"STARTED_BY_TEST={uuid.uuid4()}"
+    name, _, value = mark.partition("=")
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        [str(word) for word in command], env={**os.environ, **(env or {}), name: value}, **kwargs
     )
     try:
+        yield process
+    finally:
+        while pids := [pid for pid in _processes() if mark.encode() in _environment(pid)]:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        process.wait()
+
+
+def _processes():
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def _environment(pid):
+    """The variables of a process; none of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def finish(command, timeout, env=None, cwd=ROOT):
+    """Run a command to its end; returns the completed process with its text."""
+    with started(command, env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)

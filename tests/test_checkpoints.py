@@ -425,6 +425,24 @@ def test_fresh_run_keeps_the_old_log(unbroken, tmp_path):
     assert len(kept) == 1 and kept[0].read_text() == (unbroken / "log.txt").read_text()
 
 
+def test_a_fresh_start_in_a_used_folder(tmp_path, capsys):
+    """A shorter run goes on from its own checkpoints, and those of the longer one before it are kept apart."""
+    assert main.main(quick(epochs=3, output_dir=tmp_path)) == 0
+    old = {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint-*.pth")}
+    assert main.main(quick(epochs=1, seed=2, output_dir=tmp_path, auto_resume=False)) == 0
+    assert f"{len(old)} checkpoints of an earlier run" in capsys.readouterr().out
+    (aside,) = tmp_path.glob("earlier-*")
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == old
+    assert [epoch for epoch, _ in numbered_checkpoints(tmp_path)] == [0]
+    assert main.main(quick(epochs=2, seed=2, output_dir=tmp_path)) == 0
+    assert f"resuming from {tmp_path / 'checkpoint-0.pth'}" in capsys.readouterr().out
+    assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
+    # back to the first epoch of this run: the second one is no longer its own
+    resumed = quick(epochs=1, seed=2, output_dir=tmp_path, resume=tmp_path / "checkpoint-0.pth")
+    assert main.main(resumed) == 0
+    assert [epoch for epoch, _ in numbered_checkpoints(tmp_path)] == [0]
+
+
 def test_number_of_checkpoints_and_frequency(tmp_path):
     assert main.main(quick(epochs=4, output_dir=tmp_path, save_ckpt_num=1, save_ckpt_freq=2, disable_eval=True)) == 0
     assert [epoch for epoch, _ in numbered_checkpoints(tmp_path)] == [3]

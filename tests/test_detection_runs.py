@@ -1,9 +1,7 @@
 """Detectors trained, resumed, evaluated and drawn by the commands that a user types, on a small data set."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, free_port, words
+from helpers import ROOT, finish, free_port, started, words
 from PIL import Image
 
 pytest.importorskip("mmdet", reason="requirements-detection.txt is not installed")
@@ -32,16 +30,7 @@ def command(script, *arguments, processes=0, launcher="torchrun"):
 
 def run(script, *arguments, timeout=400, env=None, **kwargs):
     """Start a command as a user does; returns the completed process with its text."""
-    process = subprocess.Popen(
-        command(script, *arguments, **kwargs), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, **ENVIRONMENT, **(env or {})}, start_new_session=True,
-    )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return subprocess.CompletedProcess(script, process.returncode, out, err)
+    return finish(command(script, *arguments, **kwargs), timeout, {**ENVIRONMENT, **(env or {})})
 
 
 def options(data, **more):
@@ -139,18 +128,13 @@ def test_pictures_are_drawn(data, trained, tmp_path):
 
 
 def killed_after_first_checkpoint(data, work):
-    process = subprocess.Popen(
-        command("detection/train.py", CONFIG, "--work-dir", work, *options(data)), cwd=ROOT, start_new_session=True,
-        env={**os.environ, **ENVIRONMENT}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
+    arguments = command("detection/train.py", CONFIG, "--work-dir", work, *options(data))
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with started(arguments, ENVIRONMENT, cwd=ROOT, **quiet) as process:
         deadline = time.monotonic() + 200
         while not (work / "epoch_1.pth").exists():
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def test_a_killed_run_goes_on(data, trained, tmp_path):
@@ -223,7 +207,7 @@ def test_code_in_a_checkpoint_never_runs(kind, way, data, trained, tmp_path):
     ("arguments", "message"),
     [
         (["detection/train.py", "none.py"], "config 'none.py': no such file"),
-        (["detection/train.py", CONFIG], "train annotations 'mini_coco/annotations/train.json': no such file"),
+        (["detection/train.py", CONFIG, {}], "train annotations 'absent/annotations/train.json': no such file"),
         (["detection/train.py", CONFIG, "--resume", "none.pth"], "checkpoint 'none.pth': no such file"),
         (["detection/test.py", CONFIG, "none.pth"], "checkpoint 'none.pth': no such file"),
         (["detection/train.py", CONFIG, {"model.backbone.config": "resnet19"}], "unknown model 'resnet19'"),
@@ -240,7 +224,8 @@ def test_code_in_a_checkpoint_never_runs(kind, way, data, trained, tmp_path):
 def test_mistakes_end_in_one_line(arguments, message, data, trained, tmp_path):
     *arguments, last = arguments
     if isinstance(last, dict):
-        arguments += [*options(data, **last), "--work-dir", tmp_path]
+        # those of the README may be there
+        arguments += [*options(data if last else "absent", **last), "--work-dir", tmp_path]
     else:
         arguments += [trained / "epoch_1.pth" if last == "CHECKPOINT" else last]
     result = run(*arguments)
@@ -269,7 +254,7 @@ def test_two_processes(launcher, data, trained, tmp_path):
 
 def test_a_mistake_ends_all_processes(tmp_path):
     start = time.monotonic()
-    result = run("detection/train.py", CONFIG, "--work-dir", tmp_path, processes=2, timeout=100)
+    result = run("detection/train.py", CONFIG, "--work-dir", tmp_path, *options("absent"), processes=2, timeout=100)
     assert result.returncode != 0 and "no such file" in result.stderr
     assert time.monotonic() - start < 60
 

@@ -3,12 +3,15 @@
 import argparse
 import os
 import re
+import sys
+import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import KW, METHODS, METHODS_OF_RUNS, free_port, launch, make_image_folder, quick, read_log
+from helpers import KW, METHODS, METHODS_OF_RUNS, free_port, launch, make_image_folder, quick, read_log, started
 
 import main
 import utils
@@ -117,6 +120,21 @@ def test_non_finite_loss_stops_all_processes(folder, tmp_path):
     assert len(re.findall(r"error: the loss or the gradient is not finite at step \d+ of epoch \d+", done.stderr)) == 2
     for path in tmp_path.glob("*.pth"):
         assert all(torch.isfinite(value).all() for value in read(path)["model"].values() if value.is_floating_point())
+
+
+def test_nothing_outlives_a_test(tmp_path):
+    """Processes that a launcher starts in sessions of their own end with it, when a test runs out of time."""
+    child = "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(600)"
+    parent = (
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True).wait()"
+    )
+    with pytest.raises(AssertionError, match="out of time"), started([sys.executable, "-c", parent], cwd=tmp_path):
+        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        raise AssertionError("out of time")
+    command = Path("/proc", (tmp_path / "pid").read_text(), "cmdline")
+    # nothing, or a process that has ended and that nobody has asked for its exit code
+    assert not command.exists() or not command.read_bytes()
 
 
 def launcher(**options):
@@ -275,21 +293,12 @@ def test_every_method_in_two_processes(method, folder, tmp_path, capsys):
 @pytest.mark.slow
 def test_slurm_run(folder, tmp_path):
     """Two processes with the variables that srun sets."""
-    import subprocess
-    import sys
-
     environment = {
-        **os.environ, "SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost", "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo",
+        "SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost", "SLURM_STEP_ID": "0",
+        "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
     command = [sys.executable, main.__file__, *run_options(folder, epochs=1, output_dir=tmp_path)]
-    tasks = [
-        subprocess.Popen(command, env={**environment, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
-        for rank in range(2)
-    ]
-    try:
-        assert [task.wait(timeout=120) for task in tasks] == [0, 0]
-    finally:
-        for task in tasks:
-            task.kill()
+    ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    with started(command, environment | ranks[0]) as first, started(command, environment | ranks[1]) as second:
+        assert [task.wait(timeout=120) for task in (first, second)] == [0, 0]
     assert read(tmp_path / "checkpoint-0.pth")["world_size"] == 2

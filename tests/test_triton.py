@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.ops import mixture_conv
+from models.ops import mixture_conv, triton_orders
 from models.ops.cost import cheapest
 from models.ops.geometry import geometry
-from models.ops.registry import ORDERS
+from models.ops.registry import ORDERS, available_orders
 from models.ops.triton_orders import triton_available
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +37,18 @@ def test_cases(where):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_cases.py"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    """A program can be made for a GPU where there is none."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    triton_orders._works.cache_clear()
+    geo = call_of(2, 16, 16, 3, 8, 4)[3]
+    assert not triton_available(geo, torch.float32, "cuda")
+    assert cheapest(geo, available_orders(geo, torch.float32, "cuda"), 4, "cuda") in ORDERS
+    monkeypatch.undo()
+    triton_orders._works.cache_clear()
 
 
 # --- compiling for GPUs that are not here -----------------------------------------------------------------------------

@@ -39,8 +39,9 @@ def _interpreted():
 @functools.cache
 def _works():
     """Whether kernels can be compiled for all GPUs that are seen; a driver that cannot be loaded is told about once."""
-    capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
-    if torch.version.hip is not None or min(capabilities) < CAPABILITY:
+    capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    # none is seen where a program is only made for a GPU
+    if torch.version.hip is not None or not capabilities or min(capabilities) < CAPABILITY:
         return False
     try:
         # loads the driver's functions, for which Triton needs a C compiler
