@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from models import set_temperature, temperature_range
+from models.ops.dead_taps import WrittenGradients
 from utils import Progress, UnreadableImage, log, reduce_sum
 
 
@@ -28,7 +29,11 @@ def temperature_at(
 
 def autocast(args, device: torch.device):
     """Context of the forward pass. `auto` takes bfloat16 where the device computes in it, else float16."""
-    return torch.autocast(device.type, dtype=amp_dtype(args, device), enabled=args.use_amp)
+    context = contextlib.ExitStack()
+    context.enter_context(torch.autocast(device.type, dtype=amp_dtype(args, device), enabled=args.use_amp))
+    if args.use_amp and device.type == "cpu":
+        context.enter_context(WrittenGradients())
+    return context
 
 
 def amp_dtype(args, device: torch.device) -> torch.dtype:

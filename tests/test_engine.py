@@ -7,11 +7,13 @@ import torch
 import torch.distributed as dist
 from helpers import KW, free_port
 from timm.utils import ModelEmaV3
+from tolerance import difference
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from engine import NonFiniteLoss, amp_dtype, evaluate, temperature_at, train_one_epoch
-from models import build_model, get_temperature, set_temperature
+from engine import NonFiniteLoss, amp_dtype, autocast, evaluate, temperature_at, train_one_epoch
+from models import DCDConv2d, WEConv2d, build_model, get_temperature, set_temperature
 from models.options import OPTIONS
 from optim_factory import Schedule, create_optimizer
 from utils import Process
@@ -49,6 +51,24 @@ def train(model, args, data=None, ema=None, scaler=None):
         model, loader, create_optimizer(args, model), schedule, torch.nn.CrossEntropyLoss(), args=args, epoch=0,
         process=Process(0, 1, 0, 1, CPU), scaler=scaler or torch.amp.GradScaler("cpu", enabled=False), ema=ema,
     )  # fmt: skip
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d, DCDConv2d, WEConv2d], ids=lambda kind: kind.__name__)
+def test_gradients_of_small_maps_in_mixed_precision(kind, compiled):
+    """oneDNN leaves the gradient of a kernel's weights that see only padding as it found the memory."""
+    dims = int(kind.__name__[-2])
+    for kernel, stride, size, padding in ((3, 2, 1, 1), (5, 2, 1, 2), (5, 3, 2, 2), (3, 1, 1, 1), (3, 2, 5, 1)):
+        layer = kind(16, 16, kernel, stride, padding).train()
+        forward = torch.compile(layer, backend="aot_eager") if compiled else layer
+        x = torch.randn(4, 16, *[size] * dims)
+        with autocast(options(use_amp=True), CPU):
+            y = forward(x)
+        assert y.dtype == torch.bfloat16
+        (gradient,) = torch.autograd.grad(y.float().sum(), layer.weight)
+        (expected,) = torch.autograd.grad(layer(x).sum(), layer.weight)
+        assert difference(gradient, expected) < 0.05
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])

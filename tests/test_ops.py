@@ -224,6 +224,20 @@ def test_low_precision_is_as_exact_as_naive(order, dtype, shape):
 
 
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 2, 1), (5, 2, 1), (5, 3, 2)])
+def test_low_precision_of_kernels_larger_than_the_map(order, groups, kernel, stride, size):
+    """Cells with the kernel's extent, whose weights at the border see only padding: their gradient is zero."""
+    x, cells = torch.randn(4, 16, size, size), torch.randn(3, 16, 16 // groups, kernel, kernel)
+    tensors = [t.bfloat16().requires_grad_() for t in (x, torch.randn(4, 1, 3), cells)]
+    arguments = [kernel] * 2, None, [stride] * 2, [kernel // 2] * 2, [1, 1], groups
+    fitting(order, tensors, arguments)
+    reference = with_gradients(mixture_conv_naive, [t.detach().double().requires_grad_() for t in tensors], arguments)
+    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, backend=order), reference, strict=True):
+        assert_same(value, expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("seed", [3, 17, 29, 31])
 def test_gradcheck(order, seed):
     tensors, arguments = make_call(seed, order=order)

@@ -5,6 +5,7 @@ x [B, C, *S], alpha [B, m, n], cells [n, co, ci, *k]; letters as in `geometry.py
 
 import torch
 
+from .dead_taps import convolution_backward
 from .geometry import empty_like_layout, full_alpha, live_alpha, patches, unpatches
 from .orders import LOW_PRECISION, convolution, fold, fold_alpha, output_blocks, unfold_alpha
 from .scratch import scratch
@@ -119,9 +120,7 @@ def outputs_backward(dy, x, alpha, cells, geo, needs):
         dalpha = full_alpha(unfold_alpha(torch.bmm(dy, z.transpose(1, 2)).view(live.shape), geo), geo)
     if needs[0] or needs[2]:
         dz = torch.bmm(weights.transpose(1, 2), dy).view(len(live), -1, *geo.out)
-        dx, dcells, _ = torch.ops.aten.convolution_backward(
-            dz, source, kernel, None, *arguments, 1, [needs[0], needs[2], False]
-        )
+        dx, dcells = convolution_backward(dz, source, kernel, arguments, 1, [needs[0], needs[2]])
     if needs[0]:
         if source is not folded:
             dx = torch.nn.functional.pad(dx, [-side for sides in reversed(geo.pads) for side in sides])

@@ -6,6 +6,7 @@ assembles them again.  x [B, C, *S], alpha [B, m, n], cells [n, co, ci, *k]; let
 
 import torch
 
+from .dead_taps import convolution_backward
 from .geometry import (
     empty_like_layout,
     full_alpha,
@@ -133,29 +134,20 @@ def grouped_backward(dy, x, alpha, cells, geo, needs):
     live = live_alpha(alpha, geo)
     kernels = _assemble(live, cells, geo)
     source, arguments, alone = convolution(x, geo)
-    mask = [needs[0], needs[1] or needs[2], False]
+    mask = [needs[0], needs[1] or needs[2]]
     dx = dalpha = dcells = None
     if alone:
         dx = empty_like_layout(x, x.shape[1], source.shape[2:]) if needs[0] else None
         dkernels = scratch("kernel gradients", kernels.shape, kernels)
         for b in range(geo.batch):
-            grads = torch.ops.aten.convolution_backward(
-                dy[b : b + 1], source[b : b + 1], kernels[b], None, *arguments, 1, mask
-            )
+            grads = convolution_backward(dy[b : b + 1], source[b : b + 1], kernels[b], arguments, 1, mask)
             if needs[0]:
                 dx[b] = grads[0][0]
             if mask[1]:
                 dkernels[b] = grads[1]
     else:
-        dx, dkernels, _ = torch.ops.aten.convolution_backward(
-            dy.reshape(1, -1, *geo.out),
-            source.reshape(1, -1, *source.shape[2:]),
-            kernels.flatten(0, 1),
-            None,
-            *arguments,
-            geo.batch * geo.groups,
-            mask,
-        )
+        one = dy.reshape(1, -1, *geo.out), source.reshape(1, -1, *source.shape[2:]), kernels.flatten(0, 1)
+        dx, dkernels = convolution_backward(*one, arguments, geo.batch * geo.groups, mask)
     if needs[0]:
         dx = dx.view(source.shape)
         if source is not x:
