@@ -68,10 +68,11 @@ def _rename_of(keys):
     return lambda name: name
 
 
-def own_keys(model, state):
+def own_keys(model, state, without=()):
     """A state dict of a released model under this project's names; a key that the model has itself stays as it is.
 
     model: the model to load into, whose own names and the order of whose warehouses count.
+    without: names of modules that were taken off it.
     """
     own = set(model.state_dict())
     # DistributedDataParallel's prefix
@@ -79,6 +80,7 @@ def own_keys(model, state):
     rename = _rename_of([key for key in state if key not in own])
     # of the whole model, also where its classifier was taken off
     warehouses = list(dict.fromkeys(getattr(model, "conversion", {}).values()))
+    taken_off = tuple(f"{name}." for name in without)
     result = {}
     for key, value in state.items():
         if match := re.fullmatch(r"warehouse_manager\.weights\.(\d+)", key):
@@ -86,5 +88,6 @@ def own_keys(model, state):
             ours = f"warehouses.{warehouses[index]}.cells" if index < len(warehouses) else key
         else:
             ours = rename(key)
-        result[ours if key not in own and ours in own else key] = value
+        known = ours in own or (ours is not None and ours.startswith(taken_off))
+        result[ours if key not in own and known else key] = value
     return result

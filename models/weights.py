@@ -26,13 +26,13 @@ def _fit_shape(value, like):
     return value.reshape(like.shape) if value.shape != like.shape and squeezed[0] == squeezed[1] else value
 
 
-def matched_state(model, state):
+def matched_state(model, state, without=()):
     """A state dict (ours or released) under the model's names; its differences from the model's.
 
     Returns (state, missing keys, unexpected keys, keys of another shape).
     """
     own = model.state_dict()
-    state = own_keys(model, state)
+    state = own_keys(model, state, without)
     state = {key: _fit_shape(value, own[key]) if key in own else value for key, value in state.items()}
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
@@ -51,7 +51,7 @@ def load_weights(model, checkpoint, model_key="model|module", without=()):
     if not isinstance(checkpoint, dict):
         name = f"'{checkpoint}'"
         checkpoint = read_checkpoint(checkpoint)
-    state, missing, unexpected, wrong = matched_state(model, state_dict_of(checkpoint, model_key))
+    state, missing, unexpected, wrong = matched_state(model, state_dict_of(checkpoint, model_key), without)
     if without:
         gone = [key for key in unexpected if key.startswith(tuple(f"{name}." for name in without))]
         state = {key: value for key, value in state.items() if key not in gone}
