@@ -160,64 +160,103 @@ def summarise(rows):
             half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
         result.append({
             "config": config, "data": data, "options": options, "runs": len(values), "mean": statistics.mean(values),
-            "half": half, "lowest": min(values), "highest": max(values), "parameters": int(runs[0]["parameters"]),
-            "multiply_adds": int(runs[0]["multiply_adds"]),
+            "half": half, "values": values, "lowest": min(values), "highest": max(values),
+            "parameters": int(runs[0]["parameters"]), "multiply_adds": int(runs[0]["multiply_adds"]),
             "train_loss": statistics.mean(float(run["train_loss"]) for run in runs),
             "hours": sum(float(run["seconds"]) * int(run["threads"]) for run in runs) / 3600,
         })  # fmt: skip
     return result
 
 
-def write_report(path):
-    """The table of all finished runs as Markdown, and their plot, beside the CSV."""
+def title(config):
+    """What a config is, without its recipe."""
+    return json.loads((ROOT / config).read_text())["_about"]["what"].split(";")[0]
+
+
+def table(groups, with_options):
+    """Rows of Markdown, of few parameters first."""
+    heads = [
+        "network",
+        "options",
+        "parameters, M",
+        "multiply-adds, M",
+        "top-1, mean",
+        "95 % interval",
+        "lowest to highest",
+    ]
+    heads += ["seeds", "core hours"]
+    lines, kept = [], [head for head in heads if with_options or head != "options"]
+    for group in sorted(groups, key=lambda group: group["parameters"]):
+        about = title(group["config"])
+        cells = {
+            "network": f"[{about}](../{group['config']})", "options": f"`{group['options']}`",
+            "parameters, M": f"{group['parameters'] / 1e6:.2f}",
+            "multiply-adds, M": f"{group['multiply_adds'] / 1e6:.1f}", "top-1, mean": f"{group['mean']:.2f}",
+            "95 % interval": "" if group["half"] is None else f"± {group['half']:.2f}",
+            "lowest to highest": "" if group["runs"] == 1 else f"{group['lowest']:.2f} to {group['highest']:.2f}",
+            "seeds": group["runs"], "core hours": f"{group['hours']:.2f}",
+        }  # fmt: skip
+        lines.append("| " + " | ".join(str(cells[head]) for head in kept) + " |")
+    rule = "|" + "|".join("---" if head in ("network", "options") else "---:" for head in kept) + "|"
+    return ["| " + " | ".join(kept) + " |", rule, *lines]
+
+
+def draw(groups, path):
+    """Error over parameters and over multiply-adds: every run, the mean of the seeds, and its interval."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    colours = {"static": "#000000", "kw": "#D55E00", "od": "#0072B2", "dy": "#009E73", "kr": "#CC79A7"}
+    used = {}
+    for group in sorted(groups, key=lambda group: group["config"]):
+        name = Path(group["config"]).stem
+        family = next((f for f in colours if name.startswith(f)), "static")
+        marker = "so^Dv"[used.setdefault(family, 0) % 5]
+        used[family] += 1
+        shown = title(group["config"])
+        shown = shown.partition(" with ")[2] or shown.replace("ResNet18 of", "static,").removesuffix(", static")
+        errors, mean = [100 - value for value in group["values"]], 100 - group["mean"]
+        low, high = mean - (group["half"] or 0), mean + (group["half"] or 0)
+        for axis, key in zip(axes, ("parameters", "multiply_adds"), strict=True):
+            x = group[key] / 1e6
+            axis.plot(x, mean, marker, color=colours[family], label=shown, markersize=8)
+            axis.plot([x] * len(errors), errors, ".", color=colours[family], alpha=0.6)
+            # an interval of two or three seeds may reach over the ends of the scale
+            axis.plot([x, x], [max(low, 1), min(high, 100)], "-", color=colours[family], linewidth=1)
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    for axis, label in zip(axes, ("parameters, millions", "multiply-adds of an image, millions"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel=label)
+        axis.margins(x=0.15, y=0.1)
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            scale.set_major_formatter(plain)
+            scale.set_minor_formatter(NullFormatter())
+        axis.grid(True, which="major", alpha=0.25)
+    axes[0].set_ylabel("top-1 error in fonts not trained on, % (better below)\nruns, their mean, and its 95 % interval")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_report(path):
+    """The tables of all finished runs as Markdown, and the plot of those without options, beside the CSV."""
     groups = summarise(read_rows(path))
     if not groups:
         sys.exit(f"error: {path} holds no finished run")
     page, plot = path.with_suffix(".md"), path.with_suffix(".png")
-    lines = [
-        "| network | options | parameters, M | multiply-adds, M | top-1, mean | 95 % interval | seeds | core hours |"
-    ]
-    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
-    for group in groups:
-        about = json.loads((ROOT / group["config"]).read_text())["_about"]["what"].split(";")[0]
-        interval = "" if group["half"] is None else f"± {group['half']:.2f}"
-        lines.append(
-            f"| [{about}](../{group['config']}) | {group['options']} | {group['parameters'] / 1e6:.2f} | "
-            f"{group['multiply_adds'] / 1e6:.1f} | {group['mean']:.2f} | {interval} | {group['runs']} | "
-            f"{group['hours']:.2f} |"
-        )
-    table = "\n".join(lines)
+    plain, others = ([group for group in groups if bool(group["options"]) == given] for given in (False, True))
+    lines = table(plain, False) if plain else []
+    if others:
+        lines += [*([""] if plain else []), "With other options:", "", *table(others, True)]
     begin, end = "<!-- table -->\n", "\n<!-- end of table -->"
     text = page.read_text() if page.is_file() else f"{begin}{end}\n"
     head, _, rest = text.partition(begin)
-    page.write_text(head + begin + table + end + rest.partition(end)[2])
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for group in (group for group in groups if not group["options"]):
-        name = Path(group["config"]).stem
-        family = next((f for f in ("kw", "od", "dy", "kr") if name.startswith(f)), "static")
-        colour = {"static": "#000000", "kw": "#D55E00", "od": "#0072B2", "dy": "#009E73", "kr": "#CC79A7"}[family]
-        marker = {"static": "s", "kw": "o", "od": "^", "dy": "v", "kr": "D"}[family]
-        for axis, key in zip(axes, ("parameters", "multiply_adds"), strict=True):
-            x, error = group[key] / 1e6, group["half"] or 0.0
-            axis.errorbar(x, group["mean"], error, color=colour, marker=marker, capsize=3, linestyle="none")
-            shown = ("static_" + name if family == "static" else name).replace("resnet18_", "").replace("_", " ")
-            axis.annotate(shown, (x, group["mean"]), (5, 4), textcoords="offset points", size=8)
-    for axis, label in zip(axes, ("parameters, millions", "multiply-adds of an image, millions"), strict=True):
-        axis.set(xscale="log", xlabel=label)
-        axis.margins(x=0.2, y=0.1)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.grid(True, which="both", alpha=0.25)
-    axes[0].set_ylabel("top-1 in fonts not trained on, %\n(mean of the seeds, 95 % interval)")
-    figure.savefig(plot, dpi=130)
+    page.write_text(head + begin + "\n".join(lines) + end + rest.partition(end)[2])
+    draw(plain or others, plot)
     print(f"{page} and {plot}", file=sys.stderr)
 
 
