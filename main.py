@@ -12,20 +12,19 @@ import sys
 import time
 
 from models.config import ConfigError, parse_command_line
-from models.options import MODEL_KEYS
 from models.threads import wait_briefly
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run with the options of `argv` (None: the command line); returns the exit code."""
+    # before torch is loaded, which the options of methods need
+    wait_briefly()
     try:
         args, given = parse_command_line(argv)
         check_paths(args)
     except ConfigError as error:
         return fail(error)
 
-    wait_briefly()
-    # from here on torch is loaded, which takes seconds
     import torch.distributed as dist
 
     from engine import NonFiniteLoss
@@ -80,6 +79,7 @@ def run(args, given: dict) -> None:
     from datasets import make_loaders
     from engine import amp_dtype, evaluate, train_one_epoch
     from models import build_model, get_temperature, set_temperature, temperature_range
+    from models.options import MODEL_KEYS
     from optim_factory import Schedule, create_optimizer
     from utils import log
 

@@ -5,6 +5,10 @@ The names are loaded at first use, so that reading a config does not wait for to
 
 import importlib
 
+_ROOMS = {
+    "KW": "kernel_warehouse", "OD": "odconv", "DY": "dyconv", "Cond": "condconv", "KR": "kernel_representation",
+    "DCD": "dcd", "WeightNet": "weightnet", "WE": "weight_excitation", "CGC": "cgc",
+}  # fmt: skip
 _HOME = {
     "build_model": "build",
     "convert": "conversion",
@@ -16,12 +20,12 @@ _HOME = {
     "read_config": "config",
     "ConfigError": "config",
     **{
-        prefix + kind: "layers"
-        for prefix in ("KW", "OD", "DY", "Cond", "KR", "DCD", "WeightNet", "WE")
+        prefix + kind: f"methods.{room}"
+        for prefix, room in _ROOMS.items()
         for kind in ("Conv1d", "Conv2d", "Conv3d", "Linear")
+        if prefix + kind != "CGCLinear"
     },
-    **{prefix + kind: "layers" for prefix in ("CGC",) for kind in ("Conv1d", "Conv2d", "Conv3d")},
-    "Warehouse": "layers",
+    "Warehouse": "methods.kernel_warehouse",
     "mixture_conv": "ops",
     "sample_conv": "ops",
 }

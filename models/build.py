@@ -8,48 +8,21 @@ import timm
 from timm.layers import DropPath, SEModule
 from torch import nn
 
-from . import plans
 from .config import ConfigError, read_config
-from .conversion import WAREHOUSE_METHODS, convert
+from .conversion import convert
 from .initialisation import start_as_released
 from .methods import METHODS
-from .options import MODEL_KEYS
+from .options import METHOD_KEYS
 
-# model options that are timm's, or this file's; all others are the methods'
-OWN_KEYS = {
-    "model", "drop_path", "block_drop_path", "dropout", "head_init_scale", "layer_scale_init_value", "block_attention",
-    "initialisation",
-}  # fmt: skip
-METHOD_KEYS = MODEL_KEYS - OWN_KEYS
 # ODConv's tables count squeeze-and-excitation without biases
 BLOCK_ATTENTIONS = {"se": functools.partial(SEModule, rd_ratio=1 / 16, bias=False), "cbam": "cbam", "eca": "eca"}
 
 
-def _half_mobilenetv2(model):
-    """KW (1/2x) of MobileNetV2 (section A.3): settings that the released code keeps in the model.
-
-    Depth-wise convolutions everywhere, point-wise ones in the last stage, and the classifier; the attention is
-    narrower, since in so small a network its parameters count.
-    """
-    last = f"stage{len(model.blocks) - 1}_"
-    plan = [(layer, name) for layer, name in plans.mobilenetv2_plan(model) if "pwconv" not in name or last in name]
-    groups = plans.group(plans.share([*plan, ("classifier", "classifier")], ["layer"]))
-    halves = {"cell_num_ratio": 0.5, "cell_inplane_ratio": 0.5, "cell_outplane_ratio": 0.5}
-    own = {
-        f"{last}layer_pwconv0": halves,
-        f"{last}layer_pwconv1": halves,
-        "classifier": {"cell_num_ratio": 0.5, "cell_inplane_ratio": 0.025},
-    }
-    return {name: {"layers": layers, "reduction": 1 / 32, **own.get(name, {})} for name, layers in groups.items()}
-
-
 # prefix of a model's name -> (method, defaults of its config); the longest prefix counts
 PREFIXES = {
-    **{name: (name, {}) for name in ("kw", "kw_star", *METHODS)},
-    "kw1d2x": ("kw", {}),
-    # the released names of ODConv
-    "od": ("odconv", {}),
-    **{name: (None, {"block_attention": name}) for name in ("se", "cbam", "eca")},
+    **{name: (name, {}) for name in METHODS},
+    **{alias: (name, {}) for name, method in METHODS.items() for alias in method.aliases},
+    **{name: (None, {"block_attention": name}) for name in BLOCK_ATTENTIONS},
 }
 # names of networks that timm builds, but has no name for: another width, or another size
 BACKBONES = {
@@ -103,34 +76,21 @@ def build_model(config, num_classes=1000, **overrides):
     if given and defaults.get("block_attention", given) != given:
         raise ConfigError(f"block_attention '{given}' contradicts the model's name '{config['model']}'")
     config = {**defaults, **{key: value for key, value in config.items() if value is not None}}
-    _refuse_useless_keys(prefix, method, backbone, config)
+    settings = {key: value for key, value in config.items() if key in METHOD_KEYS}
+    if method is None and settings:
+        raise ConfigError(
+            f"'{next(iter(settings))}' is for dynamic models such as kw_{backbone}; '{backbone}' is static: leave it "
+            "out, or name a dynamic model"
+        )
     model = _static(backbone, num_classes, config)
     if config.get("initialisation") == "released":
-        start_as_released(model, with_warehouses=method in WAREHOUSE_METHODS)
+        start_as_released(model, keep_classifier=method is not None and not METHODS[method].released_classifier)
     if method is None:
         return model
-
-    settings = {key: config[key] for key in METHOD_KEYS if key in config}
-    if prefix == "kw1d2x" and "warehouses" not in config:
-        settings["warehouses"] = _half_mobilenetv2(model)
     try:
         return convert(model, method, **settings)
     except ValueError as error:
         raise ConfigError(f"model '{config['model']}': {error}") from None
-
-
-def _refuse_useless_keys(prefix, method, backbone, config):
-    """Raises ConfigError for what would silently build another model than its reader expects."""
-    useless = [key for key in config if key in METHOD_KEYS]
-    if method is None and useless:
-        raise ConfigError(
-            f"'{useless[0]}' is for dynamic models such as kw_{backbone}; '{backbone}' is static: leave it out, or "
-            "name a dynamic model"
-        )
-    if prefix == "kw1d2x" and not backbone.startswith("mobilenetv2_"):
-        raise ConfigError(
-            f"model '{prefix}_{backbone}': {prefix} is for MobileNetV2 only; use kw_{backbone} with cell_num_ratio 0.5"
-        )
 
 
 def _static(backbone, num_classes, config):

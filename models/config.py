@@ -1,6 +1,6 @@
 """Reads configs and the command line, and checks them against the table of options.
 
-Imports the standard library only, so that a mistake is refused before torch is loaded.
+A mistake is refused before any data or device is touched.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .options import OPTIONS, WAREHOUSE_OPTIONS, Option
+from .options import Option, all_options
 
 MAX_CONFIG_BYTES = 1 << 20
 # not there where this folder is installed alone
@@ -50,7 +50,7 @@ def read_config(config: str | os.PathLike | dict, overrides: dict | None = None)
     Raises:
         ConfigError: names the file, the key and the nearest known key.
     """
-    settings = _merge(config, _check_keys(overrides or {}, OPTIONS, "config"))
+    settings = _merge(config, _check_keys(overrides or {}, all_options(), "config"))
     settings.pop("recipe", None)
     return settings
 
@@ -74,14 +74,15 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
     command_line = {name: _from_text(name, text) for name, text in vars(given_text).items()}
     path = command_line.get("kw_config")
     given = _merge({} if path is None else path, command_line)
-    defaults = {name: option.default for name, option in OPTIONS.items()}
+    defaults = {name: option.default for name, option in all_options().items()}
     return argparse.Namespace(**{**defaults, **given}), given
 
 
 def _merge(config: str | os.PathLike | dict, overrides: dict[str, Any]) -> dict[str, Any]:
     """`overrides`, which are checked already, over the config over its recipe; the name of the recipe stays in it."""
     path = None if isinstance(config, dict) else config
-    own = _check_keys(config if path is None else _load_json(path), OPTIONS, "config" if path is None else str(path))
+    content, name = (config, "config") if path is None else (_load_json(path), str(path))
+    own = _check_keys(content, all_options(), name)
     if path is not None and "kw_config" in own:
         raise ConfigError(f'{path}: "kw_config" cannot be set inside a config; put its settings here instead')
     settings = {**own, **overrides}
@@ -106,7 +107,7 @@ def _read_recipe(name: str, path: str | os.PathLike | None, where: str) -> dict[
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         known = f'did you mean "{near[0]}"?' if near else f"the known ones are {', '.join(known)}"
         raise ConfigError(f'{where}unknown recipe "{name}"; {known}')
-    settings = _check_keys(_load_json(found[0]), OPTIONS, str(found[0]))
+    settings = _check_keys(_load_json(found[0]), all_options(), str(found[0]))
     for key in ("model", "recipe", "kw_config"):
         if key in settings:
             raise ConfigError(f'{found[0]}: a recipe cannot set "{key}"; leave it to the config or the command line')
@@ -124,7 +125,7 @@ def _make_parser() -> argparse.ArgumentParser:
         epilog="Dashes may stand for underscores, and a bare flag for true.",
     )  # fmt: skip
     groups: dict[str, Any] = {}
-    for name, option in OPTIONS.items():
+    for name, option in all_options().items():
         if option.type is dict:
             continue
         group = groups.setdefault(option.group, parser.add_argument_group(option.group))
@@ -147,9 +148,9 @@ def _unknown_argument(argument: str) -> str:
     if not argument.startswith("-"):
         return f'unexpected argument "{argument}"; options begin with --'
     name = argument.lstrip("-").split("=")[0].replace("-", "_")
-    if name in OPTIONS:
+    if name in all_options():
         return f"--{name} can be set in a config file only"
-    return f'unknown option "{argument.split("=")[0]}"{_nearest(name, OPTIONS, "--")}'
+    return f'unknown option "{argument.split("=")[0]}"{_nearest(name, all_options(), "--")}'
 
 
 def _nearest(name: str, known, prefix: str = "") -> str:
@@ -159,7 +160,7 @@ def _nearest(name: str, known, prefix: str = "") -> str:
 
 def _from_text(name: str, text: str | list[str]) -> Any:
     """Turn the words of the command line into a value, and check it."""
-    option = OPTIONS[name]
+    option = all_options()[name]
     words = text if isinstance(text, list) else [text]
     if option.type is bool and not words:
         words = ["true"]
@@ -238,7 +239,7 @@ def _check_value(option: Option, value: Any, where: str) -> Any:
     if value is None and option.accepts_null():
         return None
     if option.type is dict:
-        return _check_warehouses(value, where)
+        return _check_entries(option, value, where)
     if option.nargs is not None and isinstance(value, (list, tuple)):
         if (option.nargs == 2 and len(value) != 2) or (option.nargs == "+" and not value):
             raise ConfigError(f"{where} must be {option.expected()}, got {_shown(value)}")
@@ -270,7 +271,7 @@ def _check_scalar(option: Option, value: Any, where: str) -> Any:
     return float(value) if option.type is float else value
 
 
-def _check_warehouses(value: Any, where: str) -> dict[str, dict]:
+def _check_entries(option: Option, value: Any, where: str) -> dict[str, dict]:
     if not isinstance(value, dict) or not value:
         raise ConfigError(f"{where} must be an object of warehouses, name to settings; got {_shown(value)}")
     checked = {}
@@ -278,7 +279,7 @@ def _check_warehouses(value: Any, where: str) -> dict[str, dict]:
         inside = f'{where}, warehouse "{name}"'
         if not isinstance(settings, dict):
             raise ConfigError(f"{inside} must be an object; got {_shown(settings)}")
-        checked[name] = _check_keys(settings, WAREHOUSE_OPTIONS, inside)
+        checked[name] = _check_keys(settings, option.entries, inside)
         if not isinstance(checked[name].get("layers"), list) or not checked[name]["layers"]:
             raise ConfigError(f'{inside} needs "layers", a list of patterns of module names')
     return checked

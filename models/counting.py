@@ -27,10 +27,10 @@ from timm.layers.cbam import ChannelAttn, SpatialAttn
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 
-from .layers import KRClassifier, Warehouse
-from .layers.base import DynamicLayer
-from .layers.base import Linear as DynamicLinear
-from .layers.kernel_representation import KernelRepresentation
+from .methods.kernel_representation import KernelRepresentation, KRClassifier
+from .methods.kernel_warehouse import Warehouse
+from .methods.layer import DynamicLayer
+from .methods.layer import Linear as DynamicLinear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 # attention to features: a mean over all values, and a product with all of them

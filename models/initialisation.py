@@ -8,23 +8,23 @@ torchvision, whose networks they began from.  Dynamic layers and ConvNeXt start 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .plans import family_name
+from .anatomy import family_name
 
 # families whose released code starts them in another way than timm does
 DIFFERENT = ("ResNet", "MobileNetV2")
 
 
-def start_as_released(model, with_warehouses=False):
+def start_as_released(model, keep_classifier=False):
     """Draw the weights of a static ResNet or MobileNetV2 as the released code does; any other network keeps timm's.
 
     Convolutions are Kaiming-normal by fan-out, groups not regarded; BatchNorms 1 and 0; the classifier is normal with
     standard deviation 0.01 and biases 0.
-    with_warehouses: KernelWarehouse will be put in; its ResNets leave their classifier to PyTorch.
+    keep_classifier: of ResNets, whose released networks with warehouses leave it to PyTorch.
     """
     family = family_name(model)
     if family not in DIFFERENT:
         return
-    keep_classifier = with_warehouses and family == "ResNet"
+    keep_classifier = keep_classifier and family == "ResNet"
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -3,6 +3,7 @@
 The command line is generated from it, and config files are checked against it.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ class Option:
         type: bool, int, float, str, or dict (a JSON object, in config files only).
         default: value where neither the command line nor the config gives one. Where it is None, null is accepted.
         help: one line for `--help`.
-        group: heading in `--help`; the options of group "model" are what `build_model` reads.
+        group: heading in `--help`; those of "model" and "method" are what `build_model` reads.
         nargs: None for one value, 2 for exactly two, "+" for one value or a list, "*" for a list that may be empty.
         choices: the accepted values.
         low, high: inclusive bounds.
@@ -25,6 +26,7 @@ class Option:
         nullable: accepts null (on the command line: none) although the default is not None.
         pattern: regular expression that a string must match in full; with `choices`, an alternative to them.
         hint: what `pattern` accepts, in words.
+        entries: of a dict of dicts: what an entry may hold, name -> option.
     """
 
     type: type
@@ -39,6 +41,16 @@ class Option:
     nullable: bool = False
     pattern: str = ""
     hint: str = ""
+    entries: dict | None = None
+
+    def joined(self, other: "Option") -> "Option":
+        """What fits this option or the other one of the same name, of another method."""
+        nargs = next((n for n in ("*", "+") if n in (self.nargs, other.nargs)), self.nargs)
+        return replace(self, nargs=nargs, choices=tuple(dict.fromkeys(self.choices + other.choices)))
+
+    def single(self, default: Any) -> "Option":
+        """This option where it takes one value, with another default."""
+        return replace(self, nargs=None, default=default)
 
     def accepts_null(self) -> bool:
         return self.nullable or self.default is None
@@ -69,10 +81,8 @@ def _in_group(group: str, **options: Option) -> dict[str, Option]:
 
 
 _SHARE: dict[str, Any] = {"low": 0, "high": 1}
-_RATIO: dict[str, Any] = {"nargs": "+", "above": 0}
-_FRACTION: dict[str, Any] = {"nargs": "+", "above": 0, "high": 1}
 
-OPTIONS: dict[str, Option] = {
+_OWN: dict[str, Option] = {
     **_in_group(
         "model",
         model=Option(
@@ -82,83 +92,15 @@ OPTIONS: dict[str, Option] = {
             pattern=r"[A-Za-z0-9][A-Za-z0-9_.\-]*",
             hint="a model name",
         ),
-        reduction=Option(float, None, "hidden width of the attention over its input width", **_FRACTION),
-        cell_num_ratio=Option(
-            float, None, "budget b = n / m_t: cells of a warehouse over the mixtures of its layers", **_RATIO
-        ),
-        cell_inplane_ratio=Option(
-            float, None, "input channels of a cell over the greatest common divisor", **_FRACTION
-        ),
-        cell_outplane_ratio=Option(
-            float, None, "output channels of a cell over the greatest common divisor", **_FRACTION
-        ),
-        sharing_range=Option(
-            str,
-            [],
-            "kinds of layers that share a warehouse within a stage: layer, conv, pwconv, ...",
-            nargs="*",
-            nullable=True,
-        ),
-        nonlocal_basis_ratio=Option(float, 1.0, "rank of the attention's shared basis over its full rank", **_FRACTION),
-        spatial_partition=Option(bool, True, "divide kernels along space as well", nargs="+"),
-        attention_function=Option(
-            str,
-            None,
-            "attention function; null: the method's own (KW: caf; ODConv, DY-Conv: softmax)",
-            choices=("caf", "softmax", "sigmoid", "relu"),
-        ),
         layers=Option(
             str,
             None,
             "layers to replace: all, 1x1, 3x3, last_N_blocks, classifier, patterns of names; null: the method's own",
             nargs="*",
         ),
-        kernel_num=Option(int, None, "kernels per layer; null: the method's own", low=1, high=64),
-        attentions=Option(
-            str,
-            None,
-            "ODConv, KR: attentions along these dimensions of the kernels",
-            nargs="*",
-            choices=("spatial", "channel", "filter", "kernel"),
-        ),
-        spatial_function=Option(
-            str, None, "ODConv: function of the spatial attention (Table 11)", choices=("sigmoid", "softmax")
-        ),
-        attention_sharing=Option(
-            bool, None, "ODConv, KR: the kernels share spatial, channel and filter attentions (ODConv, Table 12)"
-        ),
-        spatial_pool=Option(
-            int, None, "ODConv: side of the map that the spatial attention sees (Table 16)", low=1, high=64
-        ),
-        fusion_width=Option(
-            str,
-            None,
-            "KR: the reduction is of feature and representation together, or of the feature alone",
-            choices=("both", "input"),
-        ),
-        representation=Option(
-            bool, None, "KR: layers see the kernel representation of those before; false: their input only (Table 6)"
-        ),
-        representation_dim=Option(
-            int, None, "KR: what a unit adds to the representation; null: 16 or 32 (section 4.1)", low=1, high=4096
-        ),
-        representation_start=Option(
-            str, None, "KR: the first representation: of low frequencies, or learned", choices=("frequency", "learned")
-        ),
-        representation_norm=Option(bool, None, "KR: BatchNorm of representations (Table 6)"),
         block_attention=Option(
             str, None, "attention module of every block of a ResNet, timm's", choices=("se", "cbam", "eca")
         ),
-        attention_init=Option(
-            str,
-            "one-to-one",
-            "initial relation of cells and mixtures (Table 13)",
-            choices=("one-to-one", "all-to-one", "none", "k-to-one", "one-to-k"),
-        ),
-        cell_sharing=Option(
-            bool, True, "mixtures share the cells of their warehouse; false: each has its own (Table 6)"
-        ),
-        warehouses=Option(dict, None, "explicit warehouses: name -> layers and settings"),
         initialisation=Option(
             str,
             "timm",
@@ -323,14 +265,21 @@ OPTIONS: dict[str, Option] = {
     ),
 }
 
-MODEL_KEYS = frozenset(name for name, option in OPTIONS.items() if option.group == "model")
 
-# What an entry of `warehouses` may hold. Its ratios are single values: the entry is one warehouse.
-WAREHOUSE_OPTIONS = {
-    "layers": Option(str, [], "glob patterns of module names", nargs="*"),
-    "spatial_partition": Option(bool, True, "divide kernels along space as well"),
-    **{
-        name: Option(float, 1.0, OPTIONS[name].help, above=0, high=OPTIONS[name].high)
-        for name in ("cell_num_ratio", "cell_inplane_ratio", "cell_outplane_ratio", "reduction", "nonlocal_basis_ratio")
-    },
-}
+@functools.cache
+def all_options() -> dict[str, Option]:
+    """Every option by name, the settings of methods among them (which takes as long as loading torch)."""
+    from .methods import method_options
+
+    settings = _in_group("method", **method_options())
+    return {**settings, **_OWN}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OPTIONS":
+        return all_options()
+    if name == "MODEL_KEYS":
+        return frozenset(key for key, option in all_options().items() if option.group in ("model", "method"))
+    if name == "METHOD_KEYS":
+        return frozenset(key for key, option in all_options().items() if option.group == "method") | {"layers"}
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .plans import is_dynamic, kind_of
+from .anatomy import is_dynamic, kind_of
 
 
 def refuse_others(modules, names, classes, method):
@@ -48,7 +48,7 @@ def put(model, replaced, keep_weights):
         if keep_weights:
             layer.keep_weight(static.weight.detach())
         layer.train(static.training)
-    # a method that cannot keep weights has left the model as it was
+    # a method that cannot keep weights has left the model unchanged
     for name, layer in replaced.items():
         for path in paths[id(modules[name])]:
             parent, _, child = path.rpartition(".")

@@ -5,7 +5,7 @@ KernelWarehouse's tau (equation 4) goes from 1 to 0; the T that ODConv and DY-Co
 
 import math
 
-from .layers.attention_functions import check_temperature
+from .methods.attention_functions import check_temperature
 
 
 def _dynamic_layers(model):
@@ -22,8 +22,8 @@ def set_temperature(model, temperature):
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"temperature {temperature} is not a number of at least 0")
     layers = _dynamic_layers(model)
-    # all of them first: a temperature that is refused leaves the model as it was
-    for function in sorted({"softmax" if layer.temperatures[1] else "caf" for layer in layers}):
+    # all of them first: a temperature that is refused leaves the model unchanged
+    for function in sorted({layer.schedule for layer in layers}):
         check_temperature(temperature, function)
     for layer in layers:
         layer.set_temperature(temperature)

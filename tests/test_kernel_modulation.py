@@ -14,7 +14,7 @@ from torch import nn
 
 import models
 from models import ConfigError, build_model, convert, temperature_range
-from models.layers import dcd, weight_excitation
+from models.methods import dcd, weight_excitation
 
 # name -> (layer, its arguments, settings, shape of the input)
 LAYERS = {

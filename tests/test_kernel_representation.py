@@ -11,8 +11,8 @@ from tolerance import assert_same, difference
 from torch import nn
 
 from models import KRConv1d, KRConv2d, KRConv3d, KRLinear
-from models.layers.kernel_representation import Step, low_frequencies, unit_parts
-from models.layers.relay import Relay
+from models.methods.kernel_representation.layer import Step, low_frequencies, unit_parts
+from models.methods.relay import Relay
 
 # a coefficient of every kernel for every output channel, as in MetaFormers
 PER_CHANNEL = {"attentions": ["filter"], "attention_sharing": False}

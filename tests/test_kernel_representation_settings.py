@@ -11,9 +11,9 @@ from torch import nn
 
 from models import KRConv2d, KRLinear, build_model, convert, set_temperature, temperature_range
 from models.config import ConfigError
-from models.layers import KRClassifier
-from models.layers.kernel_representation import Step
-from models.layers.relay import Relay
+from models.methods.kernel_representation import KRClassifier
+from models.methods.kernel_representation.layer import Step
+from models.methods.relay import Relay
 
 
 def test_without_representation():

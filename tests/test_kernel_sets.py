@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tolerance import assert_same, difference
 from torch import nn
 
+import models
 from models import (
     CondConv2d,
     DYConv2d,
@@ -16,13 +17,11 @@ from models import (
     ODConv2d,
     ODLinear,
     convert,
-    layers,
     set_temperature,
     temperature_range,
 )
-from models.conversion import WAREHOUSE_METHODS
-from models.layers.relay import Relay
 from models.methods import METHODS
+from models.methods.relay import Relay
 
 # name -> (in, out, kernel, options, input): each is made for every method that can be of it
 SHAPES = {
@@ -50,7 +49,7 @@ OD_SETTINGS = {
 
 
 def make(prefix, shape, **settings):
-    kind = getattr(layers, prefix + shape.split("-")[0])
+    kind = getattr(models, prefix + shape.split("-")[0])
     c_in, c_out, kernel, options, size = SHAPES[shape]
     arguments = (c_in, c_out) if kind.__name__.endswith("Linear") else (c_in, c_out, kernel)
     layer = kind(*arguments, **options, **settings).double()
@@ -321,7 +320,7 @@ def test_one_linear_layer_of_tokens_is_a_1x1_convolution():
 
 
 KEPT = {
-    **{method: {} for method in [*WAREHOUSE_METHODS, *METHODS]},
+    **{method: {} for method in METHODS},
     "we": {"standardise": False},
     "odconv": {"kernel_num": 4},
     "odconv-softmax": {"spatial_function": "softmax"},
@@ -349,7 +348,7 @@ def test_keep_weights_keeps_the_function(name, backbone):
 
 
 @pytest.mark.parametrize("first", ["kw", "odconv", "dyconv", "dcd", "kr", "we", "weightnet", "condconv", "cgc"])
-@pytest.mark.parametrize("second", [*WAREHOUSE_METHODS, *METHODS])
+@pytest.mark.parametrize("second", METHODS)
 def test_two_methods_on_one_layer_are_refused(first, second):
     """In one line that says so, and the parts of a dynamic layer are none of the second method's."""
     with torch.device("meta"):
@@ -370,7 +369,7 @@ def test_a_refused_conversion_leaves_a_vision_transformer_as_it_was():
     assert "blocks.0.attn.qkv.query_key.weight" in model.state_dict()
 
 
-@pytest.mark.parametrize("method", [*WAREHOUSE_METHODS, *METHODS])
+@pytest.mark.parametrize("method", METHODS)
 def test_an_empty_batch(method):
     model = convert(timm.create_model("test_resnet", num_classes=5), method).eval()
     assert model(torch.zeros(0, 3, 32, 32)).shape == (0, 5)

@@ -10,7 +10,7 @@ from tolerance import RELATIVE, assert_same, difference
 from torch import nn
 
 from models import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouse, set_temperature
-from models.layers.warehouse import partition
+from models.methods.kernel_warehouse.warehouse import partition
 
 # name -> (layer, its arguments, shape of the input)
 LAYERS = {

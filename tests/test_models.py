@@ -27,8 +27,8 @@ from models import (
     temperature_range,
     warehouse_layers,
 )
-from models.layers.base import AttentionNorm
-from models.plans import family, group, resnet_plan, share
+from models.methods.kernel_warehouse.plans import family, group, resnet_plan, share
+from models.methods.layer import AttentionNorm
 
 # every method once, KernelWarehouse on the backbones that it has a plan for
 KW = {"reduction": 0.0625, "cell_num_ratio": 1, "cell_inplane_ratio": 1, "cell_outplane_ratio": 1}

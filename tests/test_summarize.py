@@ -14,10 +14,9 @@ from timm.layers import SEModule
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import build_model, read_config
+from models import CondConv2d, DYConv2d, DYLinear, KWConv2d, ODConv2d, build_model, read_config
 from models.counting import count_layers
-from models.layers import CondConv2d, DYConv2d, DYLinear, KWConv2d, ODConv2d
-from models.layers.base import Conv2d, global_pool
+from models.methods.layer import Conv2d, global_pool
 
 ROOT = Path(__file__).resolve().parent.parent
 with open(ROOT / "configs/tables.csv", newline="") as file:

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Conv1d, Conv2d, Conv3d, Linear, check_choice, check_reduction, conv, reset_linear
+from ..options import Option
+from .layer import Conv1d, Conv2d, Conv3d, Linear, check_choice, conv, hidden_width, reset_linear
+from .method import Method, Setting, layer_classes
+from .settings import REDUCTION
 
 EXCITATIONS = ("location", "magnitude")
 # the largest magnitude over the one at which the activation would be infinite is 1 / (1 + MARGIN)
@@ -46,7 +49,7 @@ class LocationExcitation(nn.Module):
 
     def __init__(self, channels, reduction, *, device, dtype):
         super().__init__()
-        hidden = max(int(channels * reduction), 16)
+        hidden = hidden_width(channels, reduction, 16)
         self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)
         reset_linear(self)
@@ -60,7 +63,6 @@ class _WELayer:
         check_choice("excitation", excitations, EXCITATIONS)
         if not excitations:
             raise ValueError(f"excitations is empty; name at least one of {', '.join(EXCITATIONS)}")
-        check_reduction(reduction)
         kwargs = {"device": device, "dtype": dtype}
         self.excitations = tuple(name for name in EXCITATIONS if name in excitations)
         # the few weights of a depth-wise kernel would lose what sets them apart
@@ -132,3 +134,17 @@ class WELinear(_WELayer, Linear):
 
     Arguments and errors as for `WEConv1d`.
     """
+
+
+class WEMethod(Method):
+    """All convolutions but the first, and the linear layers of MLPs and self-attention."""
+
+    name = "we"
+    layers = layer_classes("WE", globals())
+    settings = {
+        "excitations": Setting(
+            EXCITATIONS, Option(str, None, "WE: excitations of the weights", nargs="*", choices=EXCITATIONS)
+        ),
+        "standardise": Setting(True, Option(bool, None, "WE: kernels with mean 0 and variance 1")),
+        "reduction": Setting(1 / 16, REDUCTION),
+    }

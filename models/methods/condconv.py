@@ -3,9 +3,12 @@
 import torch
 from torch import nn
 
+from ..anatomy import block_of, heads_of, main_layers, select, without_short_cuts
 from ..ops import mixture_conv
-from .base import Conv1d, Conv2d, Conv3d, Linear
-from .relay import BlockLayer
+from .layer import Conv1d, Conv2d, Conv3d, Linear
+from .method import Method, Setting, layer_classes
+from .relay import BlockLayer, block_relays
+from .settings import KERNEL_NUM
 
 
 class CondRouting(nn.Linear):
@@ -72,3 +75,26 @@ class CondLinear(_CondLayer, Linear):
 
     Arguments and errors as for `CondConv1d`.
     """
+
+
+class CondConvMethod(Method):
+    """The last blocks but their down-sampling convolutions, and the classifier (ODConv, section 3.1)."""
+
+    name = "condconv"
+    layers = layer_classes("Cond", globals())
+    settings = {"kernel_num": Setting(8, KERNEL_NUM)}
+
+    def default_layers(self):
+        blocks = 6 if type(self.model).__name__ == "EfficientNet" else 3
+        names = main_layers(self.model)
+        if not any(block_of(name) for name in names):
+            raise ValueError(
+                "condconv: this model has no blocks that are known; name the layers to replace with `layers`"
+            )
+        chosen = {*select(self.model, [f"last_{blocks}_blocks"]), *heads_of(self.model, names)}
+        return without_short_cuts([name for name, _ in self.model.named_modules() if name in chosen])
+
+    def arguments(self, names):
+        """One routing for the layers of a block, which its first layer computes from the block's input."""
+        relays = block_relays(names)
+        return {name: {**self.given, "relay": relays[name], "layer": name} for name in names}

@@ -9,21 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..anatomy import main_layers, without_short_cuts
 from ..ops import mixture_conv, sample_conv, with_bias
+from ..options import Option
 from .attention_functions import KERNEL_FUNCTIONS, Annealed, caf, last_temperature
-from .base import (
+from .layer import (
     AttentionNorm,
     Conv1d,
     Conv2d,
     Conv3d,
     Linear,
     check_choice,
-    check_reduction,
     conv,
     global_pool,
+    hidden_width,
     reset_linear,
     scaled,
 )
+from .method import Method, Setting, layer_classes
+from .settings import ATTENTION_FUNCTION, ATTENTION_SHARING, ATTENTIONS_OPTION, KERNEL_NUM, REDUCTION
 
 ATTENTIONS = ("spatial", "channel", "filter", "kernel")
 SPATIAL_FUNCTIONS = ("sigmoid", "softmax")
@@ -174,8 +178,7 @@ class ODAttention(ODHeads):
         dtype=None,
         **heads,
     ):
-        check_reduction(reduction)
-        hidden = max(int(in_channels * reduction), 16)
+        hidden = hidden_width(in_channels, reduction, 16)
         kwargs = {"device": device, "dtype": dtype}
         super().__init__(hidden, in_channels, out_channels, taps, groups, kernel_num, **heads, **kwargs)
         if spatial_pool != 1 and dims != 2 and "spatial" in self.names:
@@ -304,3 +307,29 @@ class ODConv3d(_ODLayer, Conv3d):
 
 class ODLinear(_ODLayer, Linear):
     """`nn.Linear` as a 1x1 ODConv over tokens: [B, ..., C_in] -> [B, ..., C_out].  Arguments as for `ODConv1d`."""
+
+
+class ODConvMethod(Method):
+    """All convolutions but the first and, as released, those in the short cuts of ResNets; linear layers as DY-Conv."""
+
+    name = "odconv"
+    # the released name
+    aliases = ("od",)
+    layers = layer_classes("OD", globals())
+    settings = {
+        "kernel_num": Setting(1, KERNEL_NUM),
+        "reduction": Setting(1 / 16, REDUCTION),
+        "attentions": Setting(ATTENTIONS, ATTENTIONS_OPTION),
+        "spatial_function": Setting(
+            "sigmoid",
+            Option(str, None, "ODConv: function of the spatial attention (Table 11)", choices=SPATIAL_FUNCTIONS),
+        ),
+        "attention_function": Setting("softmax", ATTENTION_FUNCTION),
+        "attention_sharing": Setting(True, ATTENTION_SHARING),
+        "spatial_pool": Setting(
+            1, Option(int, None, "ODConv: side of the map that the spatial attention sees (Table 16)", low=1, high=64)
+        ),
+    }
+
+    def default_layers(self):
+        return without_short_cuts(main_layers(self.model))

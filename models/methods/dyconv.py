@@ -6,7 +6,9 @@ from torch import nn
 
 from ..ops import mixture_conv
 from .attention_functions import KERNEL_FUNCTIONS, Annealed, caf, last_temperature
-from .base import Conv1d, Conv2d, Conv3d, Linear, check_choice, check_reduction, global_pool, reset_linear
+from .layer import Conv1d, Conv2d, Conv3d, Linear, check_choice, global_pool, hidden_width, reset_linear
+from .method import Method, Setting, layer_classes
+from .settings import ATTENTION_FUNCTION, KERNEL_NUM, REDUCTION
 
 
 class DYAttention(nn.Module):
@@ -18,9 +20,8 @@ class DYAttention(nn.Module):
     def __init__(self, in_channels, kernel_num, *, reduction=1 / 4, attention_function="softmax", device, dtype):
         super().__init__()
         check_choice("attention_function", [attention_function], KERNEL_FUNCTIONS)
-        check_reduction(reduction)
         self.attention_function = attention_function
-        hidden = max(int(in_channels * reduction), 1)
+        hidden = hidden_width(in_channels, reduction)
         self.fc1 = nn.Linear(in_channels, hidden, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, kernel_num, device=device, dtype=dtype)
         self.register_buffer(
@@ -87,3 +88,15 @@ class DYLinear(_DYLayer, Linear):
 
     Arguments and errors as for `DYConv1d`.
     """
+
+
+class DYConvMethod(Method):
+    """All convolutions but the first, and the linear layers of MLPs and self-attention."""
+
+    name = "dyconv"
+    layers = layer_classes("DY", globals())
+    settings = {
+        "kernel_num": Setting(4, KERNEL_NUM),
+        "reduction": Setting(1 / 4, REDUCTION),
+        "attention_function": Setting("softmax", ATTENTION_FUNCTION),
+    }

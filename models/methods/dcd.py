@@ -10,19 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import (
+from ..anatomy import block_of, family_name, heads_of, main_layers, without_short_cuts
+from .layer import (
     Conv1d,
     Conv2d,
     Conv3d,
     Linear,
     MapNorm,
-    check_reduction,
     conv,
     global_pool,
+    hidden_width,
     pool_to,
     reset_linear,
     scaled,
 )
+from .method import Method, Setting, layer_classes
+from .settings import REDUCTION
 
 
 def hard_sigmoid(x):
@@ -68,8 +71,7 @@ class _DCDLayer:
         rank = int(inputs**0.5) if rank is None else rank
         if self.groups != 1:
             raise ValueError(f"groups {self.groups}: channels are fused across all of them; leave such layers static")
-        check_reduction(reduction)
-        hidden = max(int(max(inputs, rank**2) * reduction), 4) if hidden is None else hidden
+        hidden = hidden_width(max(inputs, rank**2), reduction, 4) if hidden is None else hidden
         for name, value in (("pool", pool), ("rank", rank), ("hidden", hidden)):
             if value < 1:
                 raise ValueError(f"{name} {value} is below 1")
@@ -145,3 +147,40 @@ class DCDLinear(_DCDLayer, Linear):
 
     Arguments and errors as for `DCDConv1d`.
     """
+
+
+class DCDMethod(Method):
+    """Convolutions without groups in blocks, but those in short cuts and the first; 1x1 ones in MobileNetV2; the
+    classifier.
+    """
+
+    name = "dcd"
+    layers = layer_classes("DCD", globals())
+    settings = {"reduction": Setting(None, REDUCTION)}
+
+    def default_layers(self):
+        names, modules = without_short_cuts(main_layers(self.model)), dict(self.model.named_modules())
+        if family_name(self.model) == "MobileNetV2":
+            names = [name for name in names if hasattr(modules.get(block_of(name)), "conv_pwl")]
+        chosen = {name for name in names if getattr(modules[name], "groups", 1) == 1}
+        chosen |= set(heads_of(self.model, names))
+        return [name for name in modules if name in chosen]
+
+    def arguments(self, names):
+        """The sizes of the released networks: pooling and rank by the kind of block, a classifier of rank 32."""
+        modules, family = dict(self.model.named_modules()), family_name(self.model)
+        reduction, result = self.given["reduction"], {}
+        if reduction is None:
+            narrow = family == "MobileNetV2" and self.model.conv_stem.out_channels < 24
+            reduction = 1 / 8 if narrow else 1 / 16
+        heads = heads_of(self.model, main_layers(self.model))
+        for name in names:
+            layer, block, own = modules[name], modules.get(block_of(name)), {}
+            if name in heads:
+                own = {"rank": 32, "hidden": 32}
+            elif family == "MobileNetV2":
+                own = inverted_bottleneck_sizes(layer.in_channels, layer.out_channels)
+            elif family == "ResNet" and block is not None and not hasattr(block, "conv3"):
+                own = {"pool": 2}
+            result[name] = {"reduction": reduction, **own}
+        return result

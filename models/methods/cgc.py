@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..anatomy import replaceable
 from ..ops import sample_conv
-from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, pool_to, reset_linear
+from .layer import AttentionNorm, Conv1d, Conv2d, Conv3d, pool_to, reset_linear
+from .method import Method, layer_classes
 
 
 def interaction_groups(in_channels, out_channels, size=16):
@@ -100,3 +102,14 @@ class CGCConv3d(_CGCLayer, Conv3d):
 
     Raises ValueError for kernels of one position.
     """
+
+
+class CGCMethod(Method):
+    """All convolutions larger than 1x1, the first one, too."""
+
+    name = "cgc"
+    layers = layer_classes("CGC", globals())
+
+    def default_layers(self):
+        sizes = {name: getattr(module, "kernel_size", ()) for name, module in replaceable(self.model).items()}
+        return [name for name, size in sizes.items() if math.prod(size) > 1 and "se" not in name.split(".")]

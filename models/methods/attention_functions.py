@@ -21,9 +21,14 @@ def last_temperature(function, **kwargs):
     return torch.tensor(TEMPERATURES[function][1], **kwargs)
 
 
+def total(z, dim):
+    """What KernelWarehouse divides logits by (equation 4); 1e-3 keeps the division finite, as in the released code."""
+    return z.abs().sum(dim=dim, keepdim=True) + 1e-3
+
+
 def caf(z, temperature):
     """KernelWarehouse's attention function (equation 4) over logits [B, n]; the first kernel is the initial one."""
-    alpha = z / (z.abs().sum(dim=1, keepdim=True) + 1e-3)
+    alpha = z / total(z, dim=1)
     beta = F.one_hot(torch.zeros((), dtype=torch.long, device=z.device), z.shape[1]).to(z.dtype)
     return torch.lerp(alpha, beta.expand_as(alpha), temperature.to(z.dtype))
 
@@ -31,12 +36,17 @@ def caf(z, temperature):
 class Annealed:
     """A layer whose `attention` has an `attention_function` among these, and a `temperature`."""
 
+    @property
+    def schedule(self):
+        """The attention function whose temperatures count."""
+        return self.attention.attention_function
+
     def set_temperature(self, temperature):
-        """T that the logits are divided by, from 30 to 1; with the attention function "caf" its tau, from 1 to 0."""
-        check_temperature(temperature, self.attention.attention_function)
+        """T that the logits are divided by, from 30 to 1; with the schedule "caf" its tau, from 1 to 0."""
+        check_temperature(temperature, self.schedule)
         self.attention.temperature.fill_(temperature)
 
     @property
     def temperatures(self):
         """(first, last) temperature of the training schedule."""
-        return TEMPERATURES[self.attention.attention_function]
+        return TEMPERATURES[self.schedule]

@@ -2,7 +2,8 @@
 
 import threading
 
-from .base import global_pool
+from ..anatomy import block_of
+from .layer import global_pool
 
 
 class Relay(threading.local):
@@ -59,6 +60,14 @@ class Relay(threading.local):
 
     def __reduce__(self):
         return Relay, (self.layers,)
+
+
+def block_relays(names):
+    """Layer -> the relay of the layers of its block, or one of its own."""
+    groups = {}
+    for name in names:
+        groups.setdefault(block_of(name) or name, []).append(name)
+    return {name: relay for group in groups.values() for relay in [Relay(group)] for name in group}
 
 
 class BlockLayer:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import mixture_conv, with_bias
-from .attention_functions import check_temperature
-from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, check_choice, check_reduction, global_pool, scaled
-from .odconv import ODHeads
+from ...ops import mixture_conv, with_bias
+from ..attention_functions import Annealed, total
+from ..layer import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, check_choice, global_pool, hidden_width, scaled
+from ..odconv import ODHeads
 from .warehouse import Warehouse
 
 ATTENTION_FUNCTIONS = ("caf", "softmax", "sigmoid", "relu")
@@ -46,11 +46,10 @@ class KWAttention(nn.Module):
         super().__init__()
         check_choice("attention_function", [attention_function], ATTENTION_FUNCTIONS)
         check_choice("norm", [norm], ("batch", "layer"))
-        check_reduction(reduction)
         kwargs = {"device": device, "dtype": dtype}
         self.m, self.n = beta.shape[0], beta.shape[1] - 1
         self.own_cells, self.attention_function = own_cells, attention_function
-        hidden = max(int(in_channels * reduction), 16)
+        hidden = hidden_width(in_channels, reduction, 16)
         self.fc1 = nn.Linear(in_channels, hidden, bias=norm == "layer", **kwargs)
         self.norm1 = (AttentionNorm if norm == "batch" else nn.LayerNorm)(hidden, **kwargs)
         # without sharing: the two cells [m, 2] of every mixture
@@ -93,11 +92,8 @@ class KWAttention(nn.Module):
         """[B, H] of pooled inputs [B, C]."""
         return F.relu(self.norm1(self.fc1(pooled)))
 
-    def logits(self, pooled):
-        """z [B, m, n + 1] of pooled inputs [B, C]."""
-        return self._logits(self.hidden(pooled))
-
     def _logits(self, hidden):
+        """z [B, m, n + 1] of hidden vectors [B, H]."""
         z = self.fc2(hidden)
         if self.basis:
             first, last = self.own_cells
@@ -124,9 +120,7 @@ class KWAttention(nn.Module):
         elif self.attention_function == "sigmoid":
             alpha = z.sigmoid()
         else:
-            # 1e-3 keeps the division finite; it is part of the released models
-            total = z.abs().sum(dim=2, keepdim=True) + 1e-3
-            alpha = (z if self.attention_function == "caf" else z.relu()) / total
+            alpha = (z if self.attention_function == "caf" else z.relu()) / total(z, dim=2)
         if self.beta is not None:
             alpha = torch.lerp(alpha, self.beta.to(alpha.dtype), self.temperature.to(alpha.dtype))
         return alpha[..., : self.n]
@@ -135,7 +129,7 @@ class KWAttention(nn.Module):
         return f"m={self.m}, n={self.n}, attention_function={self.attention_function}"
 
 
-class _KWLayer:
+class _KWLayer(Annealed):
     """A kernel mixed from the cells of a warehouse."""
 
     def _setup(
@@ -179,12 +173,8 @@ class _KWLayer:
         """The warehouse that this layer takes its cells from."""
         return self._warehouse
 
-    def set_temperature(self, temperature):
-        """tau of equation 4, from 1 (each mixture is its own cell) to 0 (attention alone)."""
-        check_temperature(temperature, "caf")
-        self.attention.temperature.fill_(temperature)
-
-    temperatures = (1.0, 0.0)
+    # tau of equation 4, from 1 (each mixture is its own cell) to 0 (attention alone), whatever the attention function
+    schedule = "caf"
 
     @torch.no_grad()
     def keep_weight(self, weight):

@@ -36,9 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, check_choice, check_reduction, global_pool
-from .odconv import ATTENTIONS, ODHeads, _ODLayer
-from .relay import Relay
+from ..layer import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, check_choice, global_pool, hidden_width
+from ..odconv import ATTENTIONS, ODHeads, _ODLayer
+from ..relay import Relay
 
 # section 3.3: components per colour channel and direction, and the size of d_0
 FREQUENCIES, START_SIZE = 8, 64
@@ -126,11 +126,10 @@ def unit_parts(
     """
     if kernel_num < 1:
         raise ValueError(f"kernel_num {kernel_num} is below 1")
-    check_reduction(reduction)
     check_choice("fusion_width", [fusion_width], FUSION_WIDTHS)
     kwargs = {"device": device, "dtype": dtype}
     in_channels = geometries[0][0]
-    hidden = max(int((in_channels + (given if fusion_width == "both" else 0)) * reduction), LEAST_WIDTH)
+    hidden = hidden_width(in_channels + (given if fusion_width == "both" else 0), reduction, LEAST_WIDTH)
     # coefficients of every output channel are the only ones that a depth-wise kernel may have
     settings = {"attention_sharing": attention_sharing, "depthwise_filter": not attention_sharing, **kwargs}
     heads = [ODHeads(hidden, *geometry, kernel_num, attentions=attentions, **settings) for geometry in geometries]
@@ -216,6 +215,8 @@ class KRClassifier(nn.Linear):
     representation: size of the last d; relay, layer: where it comes from, and this layer's name there.
     Raises RuntimeError in a forward pass in which the layers before did not run.
     """
+
+    is_dynamic = True
 
     def __init__(self, in_features, out_features, bias=True, *, representation, relay, layer, device=None, dtype=None):
         super().__init__(in_features + representation, out_features, bias, device=device, dtype=dtype)

@@ -31,6 +31,15 @@ def check_reduction(reduction):
         raise ValueError(f"reduction {reduction} is not in (0, 1]")
 
 
+def hidden_width(channels, reduction, least=1):
+    """Width of a hidden layer: `reduction` of its input's, rounded down, and at least `least`.
+
+    Raises ValueError for a reduction outside of (0, 1].
+    """
+    check_reduction(reduction)
+    return max(int(channels * reduction), least)
+
+
 def pool(x, dim):
     """Mean over positions.  The gradient of a sum is a view where that of a mean is a tensor as large as x."""
     if x.dtype == torch.float16:
@@ -100,6 +109,9 @@ def reset_linear(module):
 
 class DynamicLayer(nn.Module):
     """A convolution or linear layer of any method."""
+
+    # by which `anatomy` knows it
+    is_dynamic = True
 
     def _apply(self, fn, recurse=True):
         # sets of kernels are no images: `.to(memory_format=torch.channels_last)` of a model must pass them by

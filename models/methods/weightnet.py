@@ -11,21 +11,21 @@ import torch
 from torch import nn
 
 from ..ops import sample_conv
-from .base import Conv1d, Conv2d, Conv3d, Linear, check_reduction, reset_linear
-from .relay import BlockLayer
+from ..options import Option
+from .layer import Conv1d, Conv2d, Conv3d, Linear, hidden_width, reset_linear
+from .method import Method, Setting, layer_classes
+from .relay import BlockLayer, block_relays
+from .settings import KERNEL_NUM, REDUCTION
 
-
-def hidden_width(in_channels, reduction):
-    """H for an input of so many channels."""
-    return max(int(in_channels * reduction), 16)
+# of the reduced input
+LEAST_WIDTH = 16
 
 
 class _WeightNetLayer(BlockLayer):
     def _setup(
         self, device, dtype, bias, *, kernel_num=1, slices=2, reduction=1 / 16, hidden=None, relay=None, layer=""
     ):
-        check_reduction(reduction)
-        hidden = hidden_width(self.in_channels, reduction) if hidden is None else hidden
+        hidden = hidden_width(self.in_channels, reduction, LEAST_WIDTH) if hidden is None else hidden
         for name, value in (("kernel_num", kernel_num), ("slices", slices), ("hidden", hidden)):
             if value < 1:
                 raise ValueError(f"{name} {value} is below 1")
@@ -91,3 +91,25 @@ class WeightNetLinear(_WeightNetLayer, Linear):
 
     Arguments and errors as for `WeightNetConv1d`.
     """
+
+
+class WeightNetMethod(Method):
+    """All convolutions but the first, and the linear layers of MLPs and self-attention."""
+
+    name = "weightnet"
+    layers = layer_classes("WeightNet", globals())
+    settings = {
+        "kernel_num": Setting(1, KERNEL_NUM),
+        "slices": Setting(2, Option(int, None, "WeightNet: slices of a kernel, where that divides it", low=1, high=64)),
+        "reduction": Setting(1 / 16, REDUCTION),
+    }
+
+    def arguments(self, names):
+        """One reduced input for the layers of a block, which its first layer computes from the block's input."""
+        relays, modules, result = block_relays(names), dict(self.model.named_modules()), {}
+        for name in names:
+            leader = modules[relays[name].layers[0]]
+            width = leader.in_features if isinstance(leader, nn.Linear) else leader.in_channels
+            hidden = hidden_width(width, self.given["reduction"], LEAST_WIDTH)
+            result[name] = {**self.given, "hidden": hidden, "relay": relays[name], "layer": name}
+        return result

@@ -1,0 +1,161 @@
+"""Kernel Representation (KR): its room.  The layers are in `layer.py`, what goes where in a network is here."""
+
+from torch import nn
+
+from ...anatomy import has_mlps, heads_of, is_deep, main_layers, residual_units, stem_of, without_short_cuts
+from ...options import Option
+from ...replacement import put, refuse_others, replacement
+from ..method import Method, Setting, layer_classes
+from ..odconv import ATTENTIONS
+from ..relay import Relay
+from ..settings import ATTENTION_SHARING, ATTENTIONS_OPTION, KERNEL_NUM, REDUCTION
+from . import layer as kr
+from .layer import KernelRepresentation, KRClassifier, KRConv1d, KRConv2d, KRConv3d, KRLinear
+
+__all__ = ["KRClassifier", "KRConv1d", "KRConv2d", "KRConv3d", "KRLinear", "KRMethod"]
+
+
+class KRMethod(Method):
+    """The layers of ODConv, and the classifier sees the last representation."""
+
+    name = "kr"
+    layers = layer_classes("KR", globals())
+    settings = {
+        "kernel_num": Setting(1, KERNEL_NUM),
+        "reduction": Setting(None, REDUCTION),
+        "fusion_width": Setting(
+            "both",
+            Option(
+                str,
+                None,
+                "KR: the reduction is of feature and representation together, or of the feature alone",
+                choices=kr.FUSION_WIDTHS,
+            ),
+        ),
+        "attentions": Setting(None, ATTENTIONS_OPTION),
+        "attention_sharing": Setting(None, ATTENTION_SHARING),
+        "representation": Setting(
+            True,
+            Option(bool, None, "KR: layers see the representation of those before; false: their input only (Table 6)"),
+        ),
+        "representation_dim": Setting(
+            None,
+            Option(
+                int,
+                None,
+                "KR: what a unit adds to the representation; null: 16 or 32 (section 4.1)",
+                low=1,
+                high=4096,
+            ),
+        ),
+        "representation_start": Setting(
+            "frequency",
+            Option(str, None, "KR: the first representation: of low frequencies, or learned", choices=tuple(kr.STARTS)),
+        ),
+        "representation_norm": Setting(True, Option(bool, None, "KR: BatchNorm of representations (Table 6)")),
+    }
+
+    def default_layers(self):
+        return without_short_cuts(main_layers(self.model))
+
+    def arguments(self, names):
+        """The parts of every unit, and the relay of all: the representation grows from the first to the classifier."""
+        modules = dict(self.model.named_modules())
+        heads = self._checked_heads(modules, names)
+        own = {key: self.given[key] for key in ("kernel_num", "fusion_width")} | self._coefficients()
+        passes_on = self.given["representation"]
+        size = self.given["representation_dim"] or (16 if is_deep(self.model) else 32)
+        whole, units = Relay([*names, *heads]), residual_units(names)
+        arguments, given = {}, kr.START_SIZE if passes_on else 0
+        for unit in units:
+            layers = [modules[name] for name in unit]
+            # nobody reads what the last unit of a model without a classifier would append
+            generated = size if passes_on and (heads or unit is not units[-1]) else 0
+            try:
+                parts = kr.unit_parts(
+                    [_geometry(layer) for layer in layers],
+                    **own,
+                    given=given,
+                    generated=generated,
+                    norm=self.given["representation_norm"],
+                    device=layers[0].weight.device,
+                    dtype=layers[0].weight.dtype,
+                )
+            except ValueError as error:
+                raise ValueError(f"kr: layer '{unit[0]}': {error}") from None
+            relay = whole if passes_on else Relay(unit)
+            for name, part in zip(unit, parts, strict=True):
+                arguments[name] = {"kernel_num": own["kernel_num"], "parts": part, "relay": relay, "layer": name}
+            given += generated
+        return arguments
+
+    def _coefficients(self):
+        """The reduction and the kinds of coefficients that are given, or else those of a network's kind.
+
+        The costs in the paper's tables tell them: see `layer.py`.
+        """
+        if has_mlps(self.model):
+            fitting = {"reduction": 1 / 8, "attentions": ("filter",), "attention_sharing": False}
+        else:
+            fitting = {"reduction": 1 / 16, "attentions": ATTENTIONS, "attention_sharing": True}
+        if self.given["attentions"] is not None and self.given["attention_sharing"] is None:
+            # named attentions are ODConv's
+            fitting["attention_sharing"] = True
+        return {key: value if self.given[key] is None else self.given[key] for key, value in fitting.items()}
+
+    def _checked_heads(self, modules, names):
+        """The names of the classifier's layers.  Raises ValueError for settings and models that do not fit."""
+        size, start = self.given["representation_dim"], self.given["representation_start"]
+        if size is not None and size < 1:
+            raise ValueError(f"kr: representation_dim {size} is below 1")
+        if start not in kr.STARTS:
+            raise ValueError(f"kr: unknown representation_start '{start}', choose from {', '.join(kr.STARTS)}")
+        if hasattr(self.model, "kernel_representation"):
+            raise ValueError("kr: the model has a kernel representation already; convert all of its layers at once")
+        if not self.given["representation"]:
+            return []
+        stem = stem_of(self.model)
+        if start == "frequency" and len(getattr(modules[stem], "kernel_size", ())) != 2:
+            raise ValueError(
+                f"kr: representation_start 'frequency' needs a 2-d convolution that sees the image, but the first "
+                f"layer, '{stem}', is a {type(modules[stem]).__name__}; use 'learned'"
+            )
+        heads = heads_of(self.model, names)
+        taken = [head for head in heads if head in names]
+        if taken:
+            raise ValueError(
+                f"kr: the classifier '{taken[0]}' takes the last representation; leave it out of `layers`, or set "
+                "representation to false"
+            )
+        refuse_others([modules[head] for head in heads], heads, {nn.Linear: None}, "kr")
+        return heads
+
+    def finish(self, names):
+        """Put the start of the representation at the model's root, and its end into the classifier."""
+        if not self.given["representation"]:
+            return []
+        stem, last = self.model.get_submodule(stem_of(self.model)), self.model.get_submodule(names[-1])
+        heads = last._relay.layers[len(names) :]
+        for head in heads:
+            static = self.model.get_submodule(head)
+            kwargs = {"representation": last.generator.out_features, "relay": last._relay, "layer": head}
+            layer = replacement(static, head, {nn.Linear: KRClassifier}, **kwargs)
+            # what the model's own way to initialise its classifier gave
+            layer.weight.data[:, : static.in_features].copy_(static.weight.data)
+            put(self.model, {head: layer}, self.keep_weights)
+        self.model.kernel_representation = KernelRepresentation(
+            last._relay,
+            getattr(stem, "in_channels", None),
+            self.given["representation_start"],
+            device=last.weight.device,
+            dtype=last.weight.dtype,
+        )
+        self.model.kernel_representation.attach(self.model, stem, last)
+        return list(heads)
+
+
+def _geometry(module):
+    """(C_in, C_out, taps, groups) of a static layer."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features, 1, 1
+    return module.in_channels, module.out_channels, module.weight[0, 0].numel(), module.groups
