@@ -1,14 +1,11 @@
 """Dynamic convolution: the public API.
 
-The names are loaded at first use, so that reading a config does not wait for torch.
+The names are loaded at first use, so that reading this package does not wait for torch.
 """
 
 import importlib
+import re
 
-_ROOMS = {
-    "KW": "kernel_warehouse", "OD": "odconv", "DY": "dyconv", "Cond": "condconv", "KR": "kernel_representation",
-    "DCD": "dcd", "WeightNet": "weightnet", "WE": "weight_excitation", "CGC": "cgc",
-}  # fmt: skip
 _HOME = {
     "build_model": "build",
     "convert": "conversion",
@@ -19,24 +16,24 @@ _HOME = {
     "warehouse_layers": "weights",
     "read_config": "config",
     "ConfigError": "config",
-    **{
-        prefix + kind: f"methods.{room}"
-        for prefix, room in _ROOMS.items()
-        for kind in ("Conv1d", "Conv2d", "Conv3d", "Linear")
-        if prefix + kind != "CGCLinear"
-    },
     "Warehouse": "methods.kernel_warehouse",
     "mixture_conv": "ops",
     "sample_conv": "ops",
 }
-__all__ = list(_HOME)
 
 
 def __getattr__(name):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    if name == "__all__":
+        return __dir__()
+    # the layers of all methods, such as KWConv2d
+    if re.fullmatch(r"[A-Z]\w*(Conv[123]d|Linear)", name):
+        layers = importlib.import_module(".methods", __name__).LAYERS
+        if name in layers:
+            return layers[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():
-    return __all__
+    return [*_HOME, *importlib.import_module(".methods", __name__).LAYERS]

@@ -11,7 +11,7 @@ from torch import nn
 from .config import ConfigError, read_config
 from .conversion import convert
 from .initialisation import start_as_released
-from .methods import METHODS
+from .methods import ALIASES, METHODS
 from .options import METHOD_KEYS
 
 # ODConv's tables count squeeze-and-excitation without biases
@@ -21,7 +21,7 @@ BLOCK_ATTENTIONS = {"se": functools.partial(SEModule, rd_ratio=1 / 16, bias=Fals
 # prefix of a model's name -> (method, defaults of its config); the longest prefix counts
 PREFIXES = {
     **{name: (name, {}) for name in METHODS},
-    **{alias: (name, {}) for name, method in METHODS.items() for alias in method.aliases},
+    **{alias: (name, {}) for alias, name in ALIASES.items()},
     **{name: (None, {"block_attention": name}) for name in BLOCK_ATTENTIONS},
 }
 # names of networks that timm builds, but has no name for: another width, or another size

@@ -27,16 +27,14 @@ from timm.layers.cbam import ChannelAttn, SpatialAttn
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 
-from .methods.kernel_representation import KernelRepresentation, KRClassifier
-from .methods.kernel_warehouse import Warehouse
-from .methods.layer import DynamicLayer
+from .methods.layer import DynamicLayer, Shared
 from .methods.layer import Linear as DynamicLinear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 # attention to features: a mean over all values, and a product with all of them
 FEATURE_ATTENTIONS = (SEModule, SqueezeExcite, EcaModule, ChannelAttn, SpatialAttn)
 # modules that all of their parts belong to
-HOMES = (DynamicLayer, KernelRepresentation, *FEATURE_ATTENTIONS)
+HOMES = (DynamicLayer, Shared, *FEATURE_ATTENTIONS)
 NORMS = (nn.LayerNorm, nn.GroupNorm)
 OTHERS = "(norms and others)"
 
@@ -71,7 +69,7 @@ def count_layers(model, image_size=224, channels=3):
         if home is None and isinstance(module, HOMES):
             home = homes[name] = name
         row = name if home is None else home
-        counted = isinstance(module, (*HOMES, *CONVOLUTIONS, Attention, Warehouse))
+        counted = isinstance(module, (*HOMES, *CONVOLUTIONS, Attention))
         row = row if counted or home is not None else OTHERS
         if row != OTHERS or row not in counts:
             counts.setdefault(row, LayerCount(row, "" if row == OTHERS else type(modules[row]).__name__))
@@ -129,11 +127,10 @@ def _static(count, inside, module, inputs, y):
     if inside:
         count.attention += cost
         return
-    if isinstance(module, KRClassifier):
-        seen = cost // module.in_features * module.representation
-        count.attention += seen
-        cost -= seen
-    count.convolution += cost
+    # with Kernel Representation a part of what the classifier sees is attention
+    seen = cost // module.in_features * module.representation if hasattr(module, "representation") else 0
+    count.attention += seen
+    count.convolution += cost - seen
 
 
 def _norm(count, inside, module, inputs, y):

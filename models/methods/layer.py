@@ -107,6 +107,10 @@ def reset_linear(module):
                 nn.init.zeros_(child.bias)
 
 
+class Shared(nn.Module):
+    """What layers of a network share, at its root: it counts by itself (see `counting.py`)."""
+
+
 class DynamicLayer(nn.Module):
     """A convolution or linear layer of any method."""
 

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..layer import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, check_choice, global_pool, hidden_width
+from ..layer import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, Shared, check_choice, global_pool, hidden_width
 from ..odconv import ATTENTIONS, ODHeads, _ODLayer
 from ..relay import Relay
 
@@ -289,7 +289,7 @@ class LearnedStart(nn.Module):
 STARTS = {"frequency": FrequencyStart, "learned": LearnedStart}
 
 
-class KernelRepresentation(nn.Module):
+class KernelRepresentation(Shared):
     """Starts every forward pass of a model, at whose root it stands, with d_0.
 
     relay: of the model's layers; channels: of its images; start: "frequency" or "learned".

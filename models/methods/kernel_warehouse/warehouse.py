@@ -10,6 +10,8 @@ from functools import reduce
 import torch
 from torch import nn
 
+from ..layer import Shared
+
 ATTENTION_INITS = ("one-to-one", "all-to-one", "none", "k-to-one", "one-to-k")
 
 
@@ -51,7 +53,7 @@ def partition(kernels, *, name, cell_inplane_ratio=1.0, cell_outplane_ratio=1.0,
     return (c_out, c_in, *window), {layer: math.prod(shape) // size for layer, shape in kernels.items()}
 
 
-class Warehouse(nn.Module):
+class Warehouse(Shared):
     """n cells shared by the kernels of several layers.
 
     kernels: layer name -> kernel shape [O, I, *K], in the order in which cells are assigned.
