@@ -177,7 +177,7 @@ def test_attention_functions(function):
     layer, x = make_layer("conv2d", attention_function=function)
     pooled = x.mean((2, 3))
     attention = layer.eval().attention
-    z = attention.logits(pooled)
+    z = attention._logits(attention.hidden(pooled))
     tau, beta = 0.3, layer.warehouse.initial_attention("")[:, :-1].double()
     assert_same(attention(pooled), tau * beta + (1 - tau) * attention_of(function, z))
 
