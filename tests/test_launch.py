@@ -198,6 +198,16 @@ def test_a_gpu_of_its_own_for_every_task(rank, monkeypatch):
         start_processes(launcher(device="cuda"))
 
 
+def in_two_processes(worker):
+    """What `worker(rank, port, results)` puts into `results` in both processes, in order of rank."""
+    context = torch.multiprocessing.get_context("spawn")
+    results, port = context.Queue(), free_port()
+    processes = [context.Process(target=worker, args=(rank, port, results), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    return sorted(results.get(timeout=120) for _ in processes)
+
+
 def _gpu_worker(rank, port, results):
     """A process of two whose GPUs have a backend that takes no tensor of the CPU, as NCCL."""
     environment = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -224,13 +234,7 @@ def _gpu_worker(rank, port, results):
 
 def test_averages_on_the_cpu_with_several_gpus():
     """--model_ema_force_cpu: buffers and counts on the CPU go over another backend than NCCL."""
-    context = torch.multiprocessing.get_context("spawn")
-    results, port = context.Queue(), free_port()
-    processes = [context.Process(target=_gpu_worker, args=(rank, port, results), daemon=True) for rank in range(2)]
-    for process in processes:
-        process.start()
-    outcomes = sorted(results.get(timeout=120) for _ in processes)
-    assert outcomes == [(rank, [1.0] * 3, [3]) for rank in range(2)]
+    assert in_two_processes(_gpu_worker) == [(rank, [1.0] * 3, [3]) for rank in range(2)]
 
 
 def _ddp_worker(rank, port, results):
@@ -252,12 +256,7 @@ def _ddp_worker(rank, port, results):
 
 
 def test_buffers_are_each_process_s_own_until_the_end_of_an_epoch():
-    context = torch.multiprocessing.get_context("spawn")
-    results, port = context.Queue(), free_port()
-    processes = [context.Process(target=_ddp_worker, args=(rank, port, results), daemon=True) for rank in range(2)]
-    for process in processes:
-        process.start()
-    first, second = sorted(results.get(timeout=120) for _ in processes)
+    first, second = in_two_processes(_ddp_worker)
     assert first[1] == second[1] == 0, "buffers were broadcast in a forward pass"
     assert first[2] != second[2] and first[3] == second[3] == first[2] and first[4] == second[4]
 
