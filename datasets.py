@@ -272,7 +272,7 @@ class StreamData(IterableDataset):
         stream = (self.seed, int(self.epoch), self.rank, worker.id if worker else 0)
         for index, (image, label) in enumerate(self.reader):
             if self.is_train or index % self.world == self.rank:
-                with _seeded((*stream, index)):
+                with _seeded((*stream, index)) if self.is_train else contextlib.nullcontext():
                     image = self.transform(to_rgb(ImageOps.exif_transpose(image)))
                 yield image, label
 
@@ -505,7 +505,7 @@ def make_loaders(args, given: dict, process) -> Loaders:
     loaders = Loaders(None, None, nb_classes)
     if isinstance(train_data, StreamData):
         train_data.reader.set_loader_cfg(workers)
-        train_data.rank, train_data.world = process.rank, process.world
+        train_data.rank = process.rank
         loaders.train = DataLoader(train_data, drop_last=True, generator=_own_generator(args), **common)
     elif train_data is not None:
         sampler = TrainSampler(len(train_data), process.rank, process.world, args.seed)

@@ -358,7 +358,7 @@ def test_random_choices_in_streams(workers):
     def draws(rank, epochs):
         transform = lambda image: torch.tensor([random.random(), np.random.rand(), torch.rand(1).item()])  # noqa: E731
         data = StreamData(Shards(rank, 2), transform, True, seed=3)
-        data.rank, data.world = rank, 2
+        data.rank = rank
         generator = torch.Generator().manual_seed(0)
         loader = DataLoader(data, 3, num_workers=workers, persistent_workers=workers > 0, generator=generator)
         loaders, result = Loaders(loader, None, 24), []

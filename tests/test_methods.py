@@ -5,8 +5,10 @@ import shutil
 import sys
 
 import pytest
+import timm
 from helpers import ROOT, finish
 
+from models import convert
 from models.methods import METHODS, method_options
 
 GAIN = '''"""A gain for every output channel, from the input."""
@@ -113,9 +115,5 @@ def test_settings_of_methods_are_options():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_unknown_setting_is_named(method):
-    import timm
-
-    from models import convert
-
     with pytest.raises(ValueError, match=f"{method} has no setting 'kernels'"):
         convert(timm.create_model("test_resnet"), method, kernels=4)

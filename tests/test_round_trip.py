@@ -30,7 +30,7 @@ TORCHVISION = """
 """.split()
 
 
-def round_trip(make, x, path):
+def assert_round_trip(make, x, path):
     """Two networks of different weights: the second must be the first once it has loaded its checkpoint."""
     first, second = make(), make()
     with torch.no_grad():
@@ -56,7 +56,9 @@ def quick_and_slow(quick, slow):
 def test_timm(name, prefix, tmp_path):
     size = timm.get_pretrained_cfg(name).input_size if name in SLOW else (3, 64, 64)
     size = (3, 160, 160) if name == "test_vit" else size
-    round_trip(lambda: build_model({"model": prefix + name}, num_classes=5), torch.randn(1, *size), tmp_path / "x.pth")
+    assert_round_trip(
+        lambda: build_model({"model": prefix + name}, num_classes=5), torch.randn(1, *size), tmp_path / "x.pth"
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -69,4 +71,4 @@ def test_torchvision(name, dynamic, tmp_path):
         model = torchvision.models.get_model(name, weights=None, num_classes=5)
         return convert(model, "odconv") if dynamic else model
 
-    round_trip(make, torch.randn(1, 3, 224, 224), tmp_path / "x.pth")
+    assert_round_trip(make, torch.randn(1, 3, 224, 224), tmp_path / "x.pth")

@@ -5,12 +5,11 @@ the memory before, and training ends in NaN.  The gradient is 0.
 """
 
 import functools
-import itertools
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .geometry import output_size
+from .geometry import live_taps, output_size
 
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 
@@ -19,13 +18,10 @@ CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 def dead_taps(spatial, kernel, stride, padding, dilation):
     """A mask [*kernel] of the positions that see only padding; None where there are none.  All arguments are tuples."""
     out = output_size(spatial, kernel, stride, padding, dilation)
-    dead = [
-        [not any(0 <= o * s + t * d - p < size for o in range(count)) for t in range(k)]
-        for size, k, s, p, d, count in zip(spatial, kernel, stride, padding, dilation, out, strict=True)
-    ]
-    if not any(map(any, dead)):
-        return None
-    return torch.tensor([any(taps) for taps in itertools.product(*dead)]).view(kernel)
+    dims = zip(spatial, kernel, stride, padding, dilation, out, strict=True)
+    dead = torch.ones(kernel, dtype=torch.bool)
+    dead[torch.meshgrid(*(torch.tensor(live_taps(*sizes), dtype=torch.long) for sizes in dims), indexing="ij")] = False
+    return dead if dead.any() else None
 
 
 def convolution_backward(dy, x, weight, arguments, groups, needs):

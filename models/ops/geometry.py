@@ -65,6 +65,12 @@ def output_size(spatial, kernel_size, stride, padding, dilation):
     ]
 
 
+def live_taps(size, kernel, stride, padding, dilation, out):
+    """The positions of a kernel, in one dimension, that see more than padding."""
+    taps = range(kernel)
+    return [t for t in taps if any(0 <= i * stride + t * dilation - padding < size for i in range(out))]
+
+
 def geometry(x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, dilation, groups, last=False):
     """The `Geometry` of a call."""
     spatial, (n, *cell) = x_shape[2:], cells_shape
@@ -77,7 +83,7 @@ def geometry(x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, di
     for size, k, s, p, d, o in zip(spatial, kernel_size, stride, padding, dilation, out, strict=True):
         low, high = 0, k
         if per_tap:
-            live = [t for t in range(k) if any(0 <= i * s + t * d - p < size for i in range(o))] or [0]
+            live = live_taps(size, k, s, p, d, o) or [0]
             low, high = live[0], live[-1] + 1
         left = p - low * d
         kernel.append(high - low)

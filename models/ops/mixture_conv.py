@@ -6,13 +6,11 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-from .control import forced_order, order_forced, tell
+from .control import order_forced, tell
 from .cost import cheapest
 from .geometry import geometry, is_channels_last, output_size
 from .naive import mixture_conv_naive
 from .registry import COMPILED, ORDERS, available_orders
-
-__all__ = ["forced_order", "mixture_conv"]
 
 
 def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend=None):

@@ -2,11 +2,11 @@
 
 from torch import nn
 
-from ...anatomy import has_mlps, heads_of, is_deep, main_layers, residual_units, stem_of, without_short_cuts
+from ...anatomy import has_mlps, heads_of, is_deep, residual_units, stem_of
 from ...options import Option
 from ...replacement import put, refuse_others, replacement
 from ..method import Method, Setting, layer_classes
-from ..odconv import ATTENTIONS
+from ..odconv import ATTENTIONS, ODConvMethod
 from ..relay import Relay
 from ..settings import ATTENTION_SHARING, ATTENTIONS_OPTION, KERNEL_NUM, REDUCTION
 from . import layer as kr
@@ -55,8 +55,7 @@ class KRMethod(Method):
         "representation_norm": Setting(True, Option(bool, None, "KR: BatchNorm of representations (Table 6)")),
     }
 
-    def default_layers(self):
-        return without_short_cuts(main_layers(self.model))
+    default_layers = ODConvMethod.default_layers
 
     def arguments(self, names):
         """The parts of every unit, and the relay of all: the representation grows from the first to the classifier."""

@@ -5,11 +5,12 @@ warehouse in `plans.py`; what is set, and how a conversion goes, is here.
 """
 
 import contextlib
+from dataclasses import replace
 
 from ...anatomy import kernel_shape_of
 from ...options import Option
 from ..method import Method, Setting, layer_classes
-from ..settings import ATTENTIONS_OPTION, REDUCTION
+from ..settings import ATTENTION_FUNCTION, ATTENTIONS_OPTION, REDUCTION
 from .layer import ATTENTION_FUNCTIONS, KWAttention, KWConv1d, KWConv2d, KWConv3d, KWLinear
 from .plans import explicit, family, group, half_mobilenetv2, share
 from .query_key_value import split_projections
@@ -35,7 +36,7 @@ WAREHOUSE_SETTINGS = {
     "cell_outplane_ratio": Setting(
         1.0, Option(float, None, "output channels of a cell over the greatest common divisor", **_CELL_RATIO)
     ),
-    "reduction": Setting(1 / 16, Option(float, None, REDUCTION.help, **_CELL_RATIO)),
+    "reduction": Setting(1 / 16, replace(REDUCTION, nargs="+")),
     "nonlocal_basis_ratio": Setting(
         1.0, Option(float, 1.0, "rank of the attention's shared basis over its full rank", **_CELL_RATIO)
     ),
@@ -62,15 +63,7 @@ NETWORK_SETTINGS = {
     "warehouses": Setting(
         None, Option(dict, None, "explicit warehouses: name -> layers and settings", entries=ENTRIES)
     ),
-    "attention_function": Setting(
-        "caf",
-        Option(
-            str,
-            None,
-            "attention function; null: the method's own (KW: caf; ODConv, DY-Conv: softmax)",
-            choices=ATTENTION_FUNCTIONS,
-        ),
-    ),
+    "attention_function": Setting("caf", replace(ATTENTION_FUNCTION, choices=ATTENTION_FUNCTIONS)),
     "attention_init": Setting(
         "one-to-one",
         Option(str, "one-to-one", "initial relation of cells and mixtures (Table 13)", choices=ATTENTION_INITS),
@@ -101,6 +94,10 @@ class KWMethod(Method):
         super().__init__(model, **given)
         if layers is not None:
             raise ValueError(f"{self.name} has no setting 'layers'; name them in `warehouses`")
+        if hasattr(model, "warehouses"):
+            raise ValueError("the model has warehouses already; convert a static model, once")
+        if self.keep_weights and self.given["attention_init"] != "one-to-one":
+            raise ValueError(f"keep_weights needs attention_init 'one-to-one', not '{self.given['attention_init']}'")
         own_plan, own_sharing, own_norm = family(model)
         self.norm = own_norm if norm is None else norm
         self.plan = own_plan if plan is None else plan
@@ -117,11 +114,7 @@ class KWMethod(Method):
     @contextlib.contextmanager
     def prepared(self):
         """The projections of self-attention in parts, where a plan names the parts."""
-        if hasattr(self.model, "warehouses"):
-            raise ValueError("the model has warehouses already; convert a static model, once")
-        if self.keep_weights and self.given["attention_init"] != "one-to-one":
-            raise ValueError(f"keep_weights needs attention_init 'one-to-one', not '{self.given['attention_init']}'")
-        entries = self.explicit_warehouses()
+        entries = self.given["warehouses"]
         if entries:
             named = [pattern for entry in entries.values() for pattern in entry.get("layers", ())]
         else:
@@ -133,16 +126,12 @@ class KWMethod(Method):
                 self.groups = explicit(self.model, entries)
             yield
 
-    def explicit_warehouses(self):
-        """The entries of `warehouses`; None where a plan tells them."""
-        return self.given["warehouses"]
-
     def choose(self):
         if not self.groups:
             raise ValueError("there is no convolution or linear layer to convert in this model")
         names = list(self.groups)
         self.per = per_warehouse(self.given, names)
-        for name, entry in (self.explicit_warehouses() or {}).items():
+        for name, entry in (self.given["warehouses"] or {}).items():
             own = {key: value for key, value in entry.items() if key != "layers"}
             unknown = [key for key in own if key not in WAREHOUSE_SETTINGS]
             if unknown:
@@ -201,16 +190,15 @@ class HalfMobileNetV2Method(KWMethod):
 
     name = "kw1d2x"
 
-    def explicit_warehouses(self):
-        if self.given["warehouses"] is None:
-            network = getattr(self.model, "pretrained_cfg", {}).get("architecture", "")
-            if not network.startswith("mobilenetv2_"):
-                raise ValueError(
-                    f"{self.name} is for MobileNetV2 only; use {'kw_' + network if network else 'kw'} with "
-                    "cell_num_ratio 0.5"
-                )
-            self.given["warehouses"] = half_mobilenetv2(self.model)
-        return self.given["warehouses"]
+    def __init__(self, model, **given):
+        super().__init__(model, **given)
+        if self.given["warehouses"] is not None:
+            return
+        network = getattr(model, "pretrained_cfg", {}).get("architecture", "")
+        if not network.startswith("mobilenetv2_"):
+            instead = f"kw_{network}" if network else "kw"
+            raise ValueError(f"{self.name} is for MobileNetV2 only; use {instead} with cell_num_ratio 0.5")
+        self.given["warehouses"] = half_mobilenetv2(model)
 
 
 def per_warehouse(settings, names):
