@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Speed and memory of dynamic models beside the static network and the naive order, in one run.
+"""Speed and memory of dynamic models beside the static network and the naive backend, in one run.
 
     python scripts/benchmark.py --kw_config configs/resnet18/kw1x_resnet18.json --batch_size 8 --input_size 224
 
-The naive order is the definition: assemble, permute, convolve in groups.  Nothing is printed for a model whose results
-differ from it.  Repeats are interleaved; the numbers are medians, with the lower and upper quartile.  Every model and
-size is measured in a process of its own: what an earlier one left of the heap changes the speed of the next.
---csv and --png keep them.  With --layers: every order, layer by layer.
+The naive backend is the definition: assemble, permute, convolve in groups.  Nothing is printed for a model whose
+results differ from it.  Repeats are interleaved; the numbers are medians, with the lower and upper quartile.  Every
+model and size is measured in a process of its own: what an earlier one left of the heap changes the speed of the next.
+--csv and --png keep them.  With --layers: every backend, layer by layer.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def parse_arguments():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path, help="write all numbers to this file")
     parser.add_argument("--png", type=Path, help="draw images per second")
-    parser.add_argument("--layers", action="store_true", help="every order, layer by layer, instead of whole models")
+    parser.add_argument("--layers", action="store_true", help="every backend, layer by layer, instead of whole models")
     return parser.parse_args()
 
 
@@ -93,10 +93,10 @@ def compare_models(config, path, batch, size, args):
 
 
 def compare_layers(config, batch, size, args):
-    """Forward and backward times of all orders; the chosen one is marked."""
+    """Forward and backward times of all backends; the chosen one is marked."""
     from models.ops import mixture_conv
+    from models.ops.backends import available_backends
     from models.ops.cost import cheapest, estimate
-    from models.ops.registry import available_orders
 
     torch.manual_seed(0)
     model = build_model(config).to(args.device)
@@ -106,14 +106,14 @@ def compare_layers(config, batch, size, args):
     ):
         tensors = [t.clone().requires_grad_() for t in (x, alpha, cells)]
         geo = geometry_of(x, alpha, cells, kernel, bias, *rest)
-        orders = available_orders(geo, x.dtype, x.device.type)
-        chosen, cells_text = cheapest(geo, orders, x.element_size(), x.device.type), []
-        costs = {order: estimate(order, geo, x.element_size(), x.device.type) for order in orders}
+        backends = available_backends(geo, x.dtype, x.device.type)
+        chosen, cells_text = cheapest(geo, backends, x.element_size(), x.device.type), []
+        costs = {backend: estimate(backend, geo, x.element_size(), x.device.type) for backend in backends}
         # some would take minutes
-        for order in ("naive", *(order for order in orders if costs[order] < 10 * costs[chosen])):
+        for backend in ("naive", *(backend for backend in backends if costs[backend] < 10 * costs[chosen])):
 
-            def forward(order=order, tensors=tensors, kernel=kernel, rest=rest):
-                return mixture_conv(*tensors, kernel, None, *rest, backend=order)
+            def forward(backend=backend, tensors=tensors, kernel=kernel, rest=rest):
+                return mixture_conv(*tensors, kernel, None, *rest, backend=backend)
 
             def both(forward=forward, tensors=tensors):
                 y = forward()
@@ -123,7 +123,7 @@ def compare_layers(config, batch, size, args):
             for run in (lambda: torch.inference_mode()(forward)(), both):
                 seconds(run, args.device)
                 values.append(min(seconds(run, args.device) for _ in range(args.repeats)) * 1e3)
-            cells_text.append(f"{order}{'*' if order == chosen else ''} {values[0]:.1f} / {values[1]:.1f}")
+            cells_text.append(f"{backend}{'*' if backend == chosen else ''} {values[0]:.1f} / {values[1]:.1f}")
         name = f"{count} x {list(x.shape[1:])} -> {geo.c_out}, kernel {list(kernel)}, n {geo.n}, cell {list(geo.cell)}"
         print(f"  {name}: {'  '.join(cells_text)}")
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Measure what the evaluation orders cost on this machine, and fit the table of models/ops/cost.py to it.
+"""Measure what the backends cost on this machine, and fit the table of models/ops/cost.py to it.
 
     python scripts/fit_costs.py
 
-Every order is timed on the layers of several models, forward and backward.  Prints the table, and how much longer the
-orders that it chooses take than the fastest.
+Every backend is timed on the layers of several models, forward and backward.  Prints the table, and how much longer the
+backends that it chooses take than the fastest.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from scipy.optimize import nnls
 
 from measure import geometry_of, recorded_calls, seconds
 from models import build_model, read_config
-from models.ops.control import forced_order
+from models.ops.backends import BACKENDS, available_backends
+from models.ops.control import forced_backend
 from models.ops.cost import work
-from models.ops.registry import ORDERS, available_orders
 
 # config, batch, image size
 CASES = [
@@ -48,28 +48,30 @@ def parse_arguments():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--cases", type=int, default=len(CASES), help="how many models to measure")
-    parser.add_argument("--patience", type=float, default=4, help="leave out orders that are so many times slower")
+    parser.add_argument("--patience", type=float, default=4, help="leave out backends that are so many times slower")
     return parser.parse_args()
 
 
 def measure(geo, tensors, args):
-    """{order: (forward, backward) in microseconds} of a call."""
-    orders = available_orders(geo, tensors[0].dtype, args.device)
+    """{backend: (forward, backward) in microseconds} of a call."""
+    backends = available_backends(geo, tensors[0].dtype, args.device)
     times, best = {}, float("inf")
-    for order in orders:
-        forward, backward = ORDERS[order]
+    for backend in backends:
+        forward, backward = BACKENDS[backend].forward, BACKENDS[backend].backward
         dy = torch.randn_like(forward(*tensors, geo))
         runs = (partial(forward, *tensors, geo), partial(backward, dy, *tensors, geo, [True] * 3))
         first = sum(seconds(run, args.device) for run in runs)
         best = min(best, first)
         if first < args.patience * best:
-            times[order] = [[seconds(run, args.device) for _ in range(args.repeats)] for run in runs]
-    return {order: [statistics.median(values) * 1e6 for values in both] for order, both in times.items()}
+            times[backend] = [[seconds(run, args.device) for _ in range(args.repeats)] for run in runs]
+    return {backend: [statistics.median(values) * 1e6 for values in both] for backend, both in times.items()}
 
 
-def fit(order, measured, item_bytes):
-    """Costs (forward, backward) of what an order does, none negative; None where it was never measured."""
-    rows = [(work(order, geo, item_bytes), times[order], count) for count, geo, times in measured if order in times]
+def fit(backend, measured, item_bytes):
+    """Costs (forward, backward) of what a backend does, none negative; None where it was never measured."""
+    rows = [
+        (work(backend, geo, item_bytes), times[backend], count) for count, geo, times in measured if backend in times
+    ]
     costs = []
     for direction in (0, 1) if rows else ():
         # relative errors count alike, whatever the size of a call
@@ -85,26 +87,28 @@ def main():
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
-    measured = []  # (how often, geometry, {order: times})
+    measured = []  # (how often, geometry, {backend: times})
     for path, batch, size in CASES[: args.cases]:
         torch.manual_seed(0)
         model = build_model({"model": "convnext_tiny", **read_config(Path("configs") / path)}).to(args.device)
         images = torch.randn(batch, 3, size, size, device=args.device)
-        # the table may not fit what the orders do any more
-        for count, call in recorded_calls(model, images, partial(forced_order, "grouped")):
+        # the table may not fit what the backends do any more
+        for count, call in recorded_calls(model, images, partial(forced_backend, "grouped")):
             tensors = [t.to(dtype) for t in call[:3]]
             geo = geometry_of(*call)
             measured.append((count, geo, measure(geo, tensors, args)))
         print(f"{path}, batch {batch}, {size}x{size}", file=sys.stderr)
 
-    table = {order: fit(order, measured, dtype.itemsize) for order in ORDERS}
-    for order, costs in table.items():
+    table = {backend: fit(backend, measured, dtype.itemsize) for backend in BACKENDS}
+    for backend, costs in table.items():
         if costs:
-            print(f'    "{order}": {[tuple(float(f"{cost:.3g}") for cost in both) for both in costs]},')
+            print(f'    "{backend}": {[tuple(float(f"{cost:.3g}") for cost in both) for both in costs]},')
     for direction, name in enumerate(("forward", "backward")):
         chosen = best = 0.0
         for count, geo, times in measured:
-            estimates = {order: np.dot(work(order, geo, dtype.itemsize), table[order][direction]) for order in times}
+            estimates = {
+                backend: np.dot(work(backend, geo, dtype.itemsize), table[backend][direction]) for backend in times
+            }
             chosen += count * times[min(estimates, key=estimates.get)][direction]
             best += count * min(values[direction] for values in times.values())
         print(f"# {name}: what is chosen takes {chosen / best:.3f} times as long as the fastest")

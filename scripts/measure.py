@@ -13,7 +13,7 @@ import torch
 from models import build_model
 from models.build import parse_name
 from models.ops import mixture_conv, sample_conv, scratch
-from models.ops.control import forced_order, observed
+from models.ops.control import forced_backend, observed
 from models.ops.geometry import geometry, is_channels_last
 
 OPERATORS = {"mixture_conv": mixture_conv, "sample_conv": sample_conv}
@@ -39,7 +39,7 @@ class Row:
     quartile_3: float
     images_per_s: float
     of_static: float  # images per second, over those of the static network in the same run
-    of_naive: float | None  # over those of the naive order
+    of_naive: float | None  # over those of the naive backend
     peak_mb: float  # memory that a pass took at most above what was in use before it
     device: str
     torch: str
@@ -50,7 +50,7 @@ class Contender:
     """A way to evaluate a model."""
 
     model: torch.nn.Module
-    order: str | None = None  # of evaluation, for all layers; None lets the cost decide
+    backend: str | None = None  # of evaluation, for all layers; None lets the cost decide
 
 
 class Case:
@@ -77,7 +77,7 @@ class Case:
         return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
 
     def disagreement(self):
-        """Largest relative difference to the naive order, of the outputs and gradients of any layer at its own inputs.
+        """Largest relative difference to "naive", of the outputs and gradients of any layer at its own inputs.
 
         Of whole models it would say nothing: with random weights a difference of rounding grows by a third per layer,
         since every layer's kernels depend on what it sees.  None where no layer calls an operator.
@@ -89,8 +89,8 @@ class Case:
             for i in inputs:
                 arguments[i] = arguments[i].clone().requires_grad_()
             tensors = [arguments[i] for i in inputs]
-            for order in ("naive", None):
-                with forced_order(order), self.autocast():
+            for backend in ("naive", None):
+                with forced_backend(backend), self.autocast():
                     y = OPERATORS[name](*arguments)
                 # a gradient of one sign would leave little after cancellation
                 dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
@@ -103,11 +103,11 @@ class Case:
         error = self.disagreement()
         if error is None:
             sys.exit(
-                f"error: {name}: its layers use none of {', '.join(OPERATORS)}, so that there is no naive order to "
+                f"error: {name}: its layers use none of {', '.join(OPERATORS)}, so that there is no naive backend to "
                 "agree with; no speed is printed"
             )
         if not error <= AGREEMENT[self.dtype]:
-            sys.exit(f"error: {name}: results differ from the naive order by {error:.1e}; no speed is printed")
+            sys.exit(f"error: {name}: results differ from the naive backend by {error:.1e}; no speed is printed")
         return error
 
     def run(self, contender, mode):
@@ -134,7 +134,7 @@ class Case:
             for repeat in range(repeats + 1):
                 for name, contender in self.contenders.items():
                     run = self.run(contender, mode)
-                    with forced_order(contender.order):
+                    with forced_backend(contender.backend):
                         if repeat == 0:
                             if self.device == "cuda" or "compiled" in name:
                                 run()  # what compiles and tunes takes memory, too

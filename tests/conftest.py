@@ -13,7 +13,7 @@ if THREADS == 1:
 import pytest
 import torch
 
-from models.ops import compiled
+from models.ops.backends import compiled
 
 
 def pytest_addoption(parser):
@@ -40,9 +40,10 @@ def deterministic():
 def poisoned_memory(monkeypatch):
     """Fills fresh memory with NaN, so that an output that is never written shows."""
     # memory that is handed on would hold the numbers of the call before
-    for module in ("orders", "mixed", "geometry", "fused", "depthwise", "pointwise"):
+    names = [f"backends.{name}" for name in ("grouped", "batched", "mixed", "fused", "depthwise", "pointwise")]
+    for module in ("geometry", *names):
         monkeypatch.setattr(f"models.ops.{module}.scratch", lambda slot, shape, like: like.new_empty(shape))
-    monkeypatch.setattr("models.ops.compiled.FLAGS", [*compiled.FLAGS, "-DPOISON"])
+    monkeypatch.setattr("models.ops.backends.compiled.FLAGS", [*compiled.FLAGS, "-DPOISON"])
     compiled.library.cache_clear()
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

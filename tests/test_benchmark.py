@@ -10,8 +10,8 @@ import sys
 import pytest
 from helpers import ROOT
 
-from models.ops.compiled import compiler
-from models.ops.control import order_forced
+from models.ops.backends.compiled import compiler
+from models.ops.control import backend_forced
 from models.ops.cost import CPU
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -62,13 +62,15 @@ def test_agreement_is_of_calls(method, monkeypatch):
     """A method's speed is printed only where its own calls were compared, and a wrong result is noticed."""
     case = Case({"model": f"{method}_test_resnet"}, 2, 32)
     if method in ("dcd", "we"):
-        with pytest.raises(SystemExit, match="no naive order to agree with"):
+        with pytest.raises(SystemExit, match="no naive backend to agree with"):
             case.require_agreement("x.json")
         return
     assert case.require_agreement("x.json") < 1e-5
     for name, operator in OPERATORS.items():
-        monkeypatch.setitem(OPERATORS, name, lambda *a, f=operator: f(*a) * (1 if order_forced() == "naive" else 1.01))
-    with pytest.raises(SystemExit, match="differ from the naive order"):
+        monkeypatch.setitem(
+            OPERATORS, name, lambda *a, f=operator: f(*a) * (1 if backend_forced() == "naive" else 1.01)
+        )
+    with pytest.raises(SystemExit, match="differ from the naive backend"):
         case.require_agreement("x.json")
 
 
@@ -117,9 +119,9 @@ def test_costs_are_fitted():
     result = benchmark("--cases", "1", "--repeats", "1", "--patience", "3", script="fit_costs.py")
     assert result.returncode == 0, result.stderr
     table = ast.literal_eval("{" + "".join(line for line in result.stdout.splitlines() if line.startswith(" ")) + "}")
-    # as many costs as the model of each order has terms, in both directions
-    assert {order: [len(costs) for costs in both] for order, both in table.items()} == {
-        order: [len(costs) for costs in CPU[order]] for order in table
+    # as many costs as the model of each backend has terms, in both directions
+    assert {backend: [len(costs) for costs in both] for backend, both in table.items()} == {
+        backend: [len(costs) for costs in CPU[backend]] for backend in table
     }
     assert {"grouped", "batched", "fused"} <= set(table)
     regrets = [float(value) for value in re.findall(r"takes ([\d.]+) times", result.stdout)]
@@ -135,9 +137,10 @@ def test_layers():
 
 def test_no_speed_where_results_differ(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "import models.ops.registry as registry\n"
-        "for name, (forward, backward) in list(registry.ORDERS.items()):\n"
-        "    registry.ORDERS[name] = (lambda *a, f=forward: f(*a) * 1.01, backward)\n"
+        "from dataclasses import replace\n"
+        "from models.ops.backends import BACKENDS\n"
+        "for name, own in list(BACKENDS.items()):\n"
+        "    BACKENDS[name] = replace(own, forward=lambda *a, f=own.forward: f(*a) * 1.01)\n"
     )
     result = benchmark(*SMALL, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert result.returncode == 1 and "no speed is printed" in result.stderr

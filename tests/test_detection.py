@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import KW, ROOT
-from test_oracle import DATA as RELEASED
-from test_oracle import released_state
+from released_models import RELEASED, released_state
 from tolerance import assert_same
 
 pytest.importorskip("mmdet", reason="requirements-detection.txt is not installed")

@@ -1,97 +1,53 @@
-"""Every evaluation order of the mixture convolution against its naive definition."""
+"""Every backend of the mixture convolution against its naive definition."""
 
 import importlib
 import math
 import platform
-import random
 
 import pytest
 import torch
+from mixture_calls import definition, make_call, with_gradients
 from tolerance import assert_same, difference
 
-from models.ops import compiled, mixture_conv, mixture_conv_naive, registry
+from models.ops import mixture_conv, mixture_conv_naive
+from models.ops.backends import BACKENDS, available_backends, compiled
 from models.ops.cost import cheapest
 from models.ops.geometry import geometry
-from models.ops.registry import available_orders
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # those in Triton are in triton_cases.py
-ORDERS = [order for order in registry.ORDERS if not order.startswith("triton")]
+ON_CPU = [backend for backend in BACKENDS if not backend.startswith("triton")]
 
 
-def make_call(seed, dtype=torch.float64, order=None):
-    """A random call that is valid, and of the kind that an order is for: inputs and the arguments after them."""
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    while True:
-        dims = rng.choice([1, 2, 2, 2, 3])
-        groups, c_in, g_in = rng.choice([1, 1, 2, 3]), rng.choice([1, 2, 3, 7]), rng.choice([1, 2, 3])
-        c_out, g_out = rng.choice([1, 2, 3, 5]), groups * rng.choice([1, 2])
-        if rng.random() < 0.3:
-            # a cell over all groups, as in depth-wise convolutions
-            c_out, g_out = groups * rng.choice([1, 2]), 1
-        if order == "depthwise":
-            dims, groups, c_in, g_in = min(dims, 2), rng.choice([1, 2, 6, 19]), 1, 1
-            c_out, g_out = rng.choice([(1, groups), (1, 2 * groups), (groups, 1), (groups, 2)])
-        elif order == "outputs":
-            g_in, g_out = 1, groups * rng.choice([1, 2])
-        kernel = [1 if order == "pointwise" else rng.choice([1, 2, 3, 5]) for _ in range(dims)]
-        stride = [rng.choice([1, 1, 2, 3]) for _ in range(dims)]
-        padding = [0 if order == "pointwise" else rng.choice([0, 1, 2]) for _ in range(dims)]
-        dilation = [rng.choice([1, 1, 2, 3]) for _ in range(dims)]
-        size = [rng.choice([1, 2, 3, 5, 7]) for _ in range(dims)]
-        reach = [s + 2 * p - d * (k - 1) for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)]
-        if min(reach) > 0 and math.prod(size) * math.prod(kernel) < 4000:
-            break
-    window = [1] * dims if rng.random() < 0.7 and order != "outputs" else kernel
-    taps = math.prod(kernel) // math.prod(window)
-    batch, n = rng.choice([1, 2, 3, 9]), rng.choice([1, 3, 6])
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    x = normal(batch, groups * g_in * c_in, *size)
-    if rng.random() < 0.4:
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    tensors = x, normal(batch, taps * g_out * g_in, n), normal(n, c_out, c_in, *window)
-    bias = normal(g_out * c_out).requires_grad_() if rng.random() < 0.5 else None
-    return [t.requires_grad_() for t in tensors], (kernel, bias, stride, padding, dilation, groups)
-
-
-def with_gradients(function, tensors, arguments, **kwargs):
-    y = function(*tensors, *arguments, **kwargs)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
-    bias = arguments[1] if len(arguments) > 1 else None
-    return [y, *torch.autograd.grad(y, tensors if bias is None else [*tensors, bias], dy)]
-
-
-def fitting(order, tensors, arguments):
+def fitting(backend, tensors, arguments):
     kernel, _, stride, padding, dilation, groups = arguments
     geo = geometry(*(t.shape for t in tensors), kernel, stride, padding, dilation, groups)
-    if order is not None and order not in available_orders(geo, tensors[0].dtype, "cpu"):
-        pytest.skip("this order cannot evaluate such a convolution")
+    if backend is not None and backend not in available_backends(geo, tensors[0].dtype, "cpu"):
+        pytest.skip("this backend cannot evaluate such a convolution")
 
 
-@pytest.mark.parametrize("order", ORDERS)
+def assert_equals_naive(backend, tensors, arguments):
+    """Output and gradients are those of the definition in double precision."""
+    values = with_gradients(mixture_conv, tensors, arguments, backend=backend)
+    for value, expected in zip(values, definition(tensors, arguments), strict=True):
+        assert_same(value, expected)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("seed", range(60))
-def test_order_equals_naive(order, seed):
-    tensors, arguments = make_call(seed, order=order)
-    fitting(order, tensors, arguments)
-    reference = with_gradients(mixture_conv_naive, tensors, arguments)
-    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, backend=order), reference, strict=True):
-        assert_same(value, expected)
+def test_backend_equals_naive(backend, seed):
+    tensors, arguments = make_call(seed, backend=backend)
+    fitting(backend, tensors, arguments)
+    assert_equals_naive(backend, tensors, arguments)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("seed", range(60, 90))
-def test_order_equals_naive_in_float32(order, seed):
-    tensors, arguments = make_call(seed, torch.float32, order)
-    fitting(order, tensors, arguments)
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    bias = arguments[1] if arguments[1] is None else arguments[1].detach().double().requires_grad_()
-    reference = with_gradients(mixture_conv_naive, exact, (arguments[0], bias, *arguments[2:]))
-    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, backend=order), reference, strict=True):
-        assert_same(value, expected)
+def test_backend_equals_naive_in_float32(backend, seed):
+    tensors, arguments = make_call(seed, torch.float32, backend)
+    fitting(backend, tensors, arguments)
+    assert_equals_naive(backend, tensors, arguments)
 
 
 # batch, ci, co, Gi, Go, groups, kernel, size: tiles of 16 and 32 channels, chunks of 64, and what is left of them
@@ -107,20 +63,18 @@ TILES = [
 ]
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", TILES, ids=str)
-def test_tiles(order, stride, shape):
+def test_tiles(backend, stride, shape):
     batch, ci, co, g_in, g_out, groups, k, size = shape
     dims = len(size)
     x, cells = torch.randn(batch, groups * g_in * ci, *size), torch.randn(5, co, ci, *[1] * dims)
     alpha = torch.randn(batch, k**dims * groups * g_out * g_in, 5)
     tensors = [t.double().requires_grad_() for t in (x, alpha, cells)]
     arguments = [k] * dims, None, *([v] * dims for v in (stride, k // 2, 1)), groups
-    fitting(order, tensors, arguments)
-    reference = with_gradients(mixture_conv_naive, tensors, arguments)
-    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, backend=order), reference, strict=True):
-        assert_same(value, expected)
+    fitting(backend, tensors, arguments)
+    assert_equals_naive(backend, tensors, arguments)
 
 
 # batch, channels, outputs of a channel, outputs of a cell, kernel, stride, padding, dilation, size: maps smaller and
@@ -137,11 +91,11 @@ DEPTHWISE = [
 ]
 
 
-@pytest.mark.parametrize("order", [order for order in ORDERS if order in ("grouped", "depthwise")])
+@pytest.mark.parametrize("backend", [backend for backend in ON_CPU if backend in ("grouped", "depthwise")])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("window", ["taps", "whole"])
 @pytest.mark.parametrize("shape", DEPTHWISE, ids=str)
-def test_depthwise(order, last, window, shape):
+def test_depthwise(backend, last, window, shape):
     batch, channels, multiplier, co, kernel, stride, padding, dilation, size = shape
     x, dims = torch.randn(batch, channels, *size), len(size)
     x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
@@ -150,9 +104,7 @@ def test_depthwise(order, last, window, shape):
     alpha = torch.randn(batch, taps * channels * multiplier // co, 5)
     tensors = [t.double().requires_grad_() for t in (x, alpha, cells)]
     arguments = (list(kernel), None, list(stride), list(padding), list(dilation), channels)
-    reference = with_gradients(mixture_conv_naive, tensors, arguments)
-    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, backend=order), reference, strict=True):
-        assert_same(value, expected)
+    assert_equals_naive(backend, tensors, arguments)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one kind of vectors")
@@ -171,20 +123,20 @@ def test_every_width_of_vectors(capability, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("order", "x", "alpha", "cells", "kernel", "groups"),
+    ("backend", "x", "alpha", "cells", "kernel", "groups"),
     [
         ("fused", (8, 64, 5, 5), (8, 18, 6), (6, 128, 32, 1, 1), 3, 1),
         ("pointwise", (3, 64, 15, 15), (3, 2, 6), (6, 300, 32, 1, 1), 1, 1),
         ("depthwise", (3, 40, 15, 15), (3, 18, 6), (6, 20, 1, 1, 1), 3, 40),
     ],
 )
-def test_compiled_order_does_not_depend_on_the_number_of_threads(order, x, alpha, cells, kernel, groups):
+def test_compiled_backend_does_not_depend_on_the_number_of_threads(backend, x, alpha, cells, kernel, groups):
     tensors = [torch.randn(shape, requires_grad=True) for shape in (x, alpha, cells)]
     arguments = ([kernel] * 2, None, 1, kernel // 2, 1, groups)
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        results.append(with_gradients(mixture_conv, tensors, arguments, backend=order))
+        results.append(with_gradients(mixture_conv, tensors, arguments, backend=backend))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
@@ -203,74 +155,70 @@ def test_without_a_compiler(compiler, reason, monkeypatch, recwarn):
     importlib.import_module("models.ops.mixture_conv")._plan.cache_clear()
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
     "shape", [(4, 32, 48, 3, 7, 1), (3, 24, 40, 1, 5, 1), (2, 16, 16, 5, 9, 1), (3, 24, 48, 3, 9, 24)], ids=str
 )
-def test_low_precision_is_as_exact_as_naive(order, dtype, shape):
+def test_low_precision_is_as_exact_as_naive(backend, dtype, shape):
     batch, c_in, c_out, k, size, groups = shape
     x, cells = torch.randn(batch, c_in, size, size), torch.randn(12, 8, min(8, c_in // groups), 1, 1)
     alpha = torch.randn(batch, k * k * c_in // groups * c_out // cells[0].numel(), 12) / 12
     arguments = ([k, k], None, [1, 1], [k // 2] * 2, [1, 1], groups)
-    fitting(order, (x, alpha, cells), arguments)
+    fitting(backend, (x, alpha, cells), arguments)
     low = [t.to(dtype).requires_grad_() for t in (x, alpha, cells)]
-    exact = with_gradients(mixture_conv_naive, [t.detach().double().requires_grad_() for t in low], arguments)
+    exact = definition(low, arguments)
     naive = with_gradients(mixture_conv_naive, low, arguments)
-    ours = with_gradients(mixture_conv, low, arguments, backend=order)
+    ours = with_gradients(mixture_conv, low, arguments, backend=backend)
     for value, standard, expected in zip(ours, naive, exact, strict=True):
         assert value.dtype == dtype
         assert difference(value, expected) <= 1.5 * difference(standard, expected) + 1e-3
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 2, 1), (5, 2, 1), (5, 3, 2)])
-def test_low_precision_of_kernels_larger_than_the_map(order, groups, kernel, stride, size):
+def test_low_precision_of_kernels_larger_than_the_map(backend, groups, kernel, stride, size):
     """Cells with the kernel's extent, whose weights at the border see only padding: their gradient is zero."""
     x, cells = torch.randn(4, 16, size, size), torch.randn(3, 16, 16 // groups, kernel, kernel)
     tensors = [t.bfloat16().requires_grad_() for t in (x, torch.randn(4, 1, 3), cells)]
     arguments = [kernel] * 2, None, [stride] * 2, [kernel // 2] * 2, [1, 1], groups
-    fitting(order, tensors, arguments)
-    reference = with_gradients(mixture_conv_naive, [t.detach().double().requires_grad_() for t in tensors], arguments)
-    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, backend=order), reference, strict=True):
-        assert_same(value, expected, torch.bfloat16)
+    fitting(backend, tensors, arguments)
+    assert_equals_naive(backend, tensors, arguments)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("seed", [3, 17, 29, 31])
-def test_gradcheck(order, seed):
-    tensors, arguments = make_call(seed, order=order)
-    fitting(order, tensors, arguments)
-    assert torch.autograd.gradcheck(lambda *t: mixture_conv(*t, *arguments, backend=order), tensors, fast_mode=True)
+def test_gradcheck(backend, seed):
+    tensors, arguments = make_call(seed, backend=backend)
+    fitting(backend, tensors, arguments)
+    assert torch.autograd.gradcheck(lambda *t: mixture_conv(*t, *arguments, backend=backend), tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_only_the_asked_gradients(order):
-    tensors, arguments = make_call(3, order=order)
-    fitting(order, tensors, arguments)
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_only_the_asked_gradients(backend):
+    tensors, arguments = make_call(3, backend=backend)
+    fitting(backend, tensors, arguments)
     reference = with_gradients(mixture_conv_naive, tensors, arguments)[1:]
     for i in range(3):
         only = [t.detach().requires_grad_(j == i) for j, t in enumerate(tensors)]
-        y = mixture_conv(*only, *arguments, backend=order)
+        y = mixture_conv(*only, *arguments, backend=backend)
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         assert_same(torch.autograd.grad(y, only[i], dy)[0], reference[i])
 
 
-@pytest.mark.parametrize("order", [None, *ORDERS])
+@pytest.mark.parametrize("backend", [None, *ON_CPU])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_pieces(order, kernel, monkeypatch):
+def test_pieces(backend, kernel, monkeypatch):
     """Samples and output channels are worked off in pieces, whose last ones are smaller."""
-    monkeypatch.setattr("models.ops.orders.KERNEL_BYTES", 3000)
-    monkeypatch.setattr("models.ops.orders.PATCH_BYTES", 9000)
-    monkeypatch.setattr("models.ops.pointwise.KERNEL_BYTES", 3000)
+    monkeypatch.setattr("models.ops.backends.batched.KERNEL_BYTES", 3000)
+    monkeypatch.setattr("models.ops.backends.batched.PATCH_BYTES", 9000)
+    monkeypatch.setattr("models.ops.backends.pointwise.KERNEL_BYTES", 3000)
     tensors = [torch.randn(5, 6, 5, 4), torch.randn(5, kernel**2 * 3 * 2, 4), torch.randn(4, 7, 3, 1, 1)]
     tensors = [t.double().requires_grad_() for t in tensors]
     arguments = ([kernel] * 2, None, [1, 1], [kernel // 2] * 2, [1, 1], 1)
-    fitting(order, tensors, arguments)
-    reference = with_gradients(mixture_conv_naive, tensors, arguments)
-    for value, expected in zip(with_gradients(mixture_conv, tensors, arguments, backend=order), reference, strict=True):
-        assert_same(value, expected)
+    fitting(backend, tensors, arguments)
+    assert_equals_naive(backend, tensors, arguments)
 
 
 def test_nothing_assembled_is_kept():
@@ -282,24 +230,24 @@ def test_nothing_assembled_is_kept():
     assert sum(t.numel() for t in kept) == x.numel() + alpha.numel() + cells.numel()
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("groups", [1, 5])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_layout_of_the_input_is_kept(order, groups, kernel):
+def test_layout_of_the_input_is_kept(backend, groups, kernel):
     alpha, cells = torch.randn(2, kernel**2, 4), torch.randn(4, 5, 5 // groups, 1, 1)
     x, arguments = torch.randn(2, 5, 8, 8), ([kernel] * 2, None, [1, 1], [kernel // 2] * 2, [1, 1], groups)
-    fitting(order, (x, alpha, cells), arguments)
-    y = mixture_conv(x, alpha, cells, *arguments, backend=order)
-    last = mixture_conv(x.to(memory_format=torch.channels_last), alpha, cells, *arguments, backend=order)
+    fitting(backend, (x, alpha, cells), arguments)
+    y = mixture_conv(x, alpha, cells, *arguments, backend=backend)
+    last = mixture_conv(x.to(memory_format=torch.channels_last), alpha, cells, *arguments, backend=backend)
     assert y.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
     assert_same(last, y)
 
 
-@pytest.mark.parametrize("order", [None, "naive", *ORDERS])
+@pytest.mark.parametrize("backend", [None, "naive", *ON_CPU])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_the_output_may_be_changed_in_place(order, last, groups, kernel):
+def test_the_output_may_be_changed_in_place(backend, last, groups, kernel):
     x = torch.randn(2, 8 * groups, 4, 5, dtype=torch.float64)
     x = x.to(memory_format=torch.channels_last) if last else x
     cells = torch.randn(3, 4, 8, kernel, kernel, dtype=torch.float64)
@@ -312,13 +260,13 @@ def test_the_output_may_be_changed_in_place(order, last, groups, kernel):
         1,
         groups,
     )
-    if order != "naive":
-        fitting(order, tensors, ([kernel] * 2, None, [1, 1], [kernel // 2] * 2, [1, 1], groups))
+    if backend != "naive":
+        fitting(backend, tensors, ([kernel] * 2, None, [1, 1], [kernel // 2] * 2, [1, 1], groups))
     outcomes = []
     for inplace in (False, True):
 
         def activated(*call, inplace=inplace):
-            return torch.nn.functional.silu(mixture_conv(*call, backend=order), inplace=inplace)
+            return torch.nn.functional.silu(mixture_conv(*call, backend=backend), inplace=inplace)
 
         outcomes.append(with_gradients(activated, tensors, arguments))
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
@@ -343,21 +291,21 @@ def test_autocast_decides_the_data_type():
     assert_same(y, mixture_conv_naive(x, alpha, cells, (3, 3), padding=1))
 
 
-@pytest.mark.parametrize("order", [None, *ORDERS])
+@pytest.mark.parametrize("backend", [None, *ON_CPU])
 @pytest.mark.parametrize("groups", [1, 8])
-def test_autocast_copies_no_warehouse(order, groups):
+def test_autocast_copies_no_warehouse(backend, groups):
     """Layers that share a warehouse keep the warehouse itself, and its gradient is exact to its own type."""
     x, alpha = torch.randn(2, 8, 5, 5), torch.randn(2, 9 if groups == 1 else 1, 3)
     cells = torch.randn(3, 8, 8, 1, 1) if groups == 1 else torch.randn(3, 8, 1, 3, 3)
     arguments = ((3, 3), None, [1, 1], [1, 1], [1, 1], groups)
-    fitting(order, (x, alpha, cells), arguments)
+    fitting(backend, (x, alpha, cells), arguments)
     kept, low = [], [t.bfloat16().double().requires_grad_() for t in (x, alpha, cells)]
     cells.requires_grad_()
     with (
         torch.autocast("cpu", torch.bfloat16),
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t),
     ):
-        y = mixture_conv(x, alpha, cells, *arguments, backend=order)
+        y = mixture_conv(x, alpha, cells, *arguments, backend=backend)
     assert len(kept) == 3
     assert cells.data_ptr() in kept
     y.sum().backward()
@@ -405,7 +353,7 @@ def test_empty_batch():
 
 
 @pytest.mark.parametrize(
-    ("x", "alpha", "cells", "groups", "order", "message"),
+    ("x", "alpha", "cells", "groups", "backend", "message"),
     [
         ((2, 4, 5, 5), (2, 9, 3), (4, 4, 4, 1, 1), 1, None, "do not fit"),
         ((2, 5, 5, 5), (2, 9, 3), (3, 4, 4, 1, 1), 1, None, "do not fit"),
@@ -416,23 +364,23 @@ def test_empty_batch():
         ((2, 4, 5, 5), (2, 9, 3), (3, 4, 4, 1, 1), 1, "fastest", "cannot evaluate"),
     ],
 )
-def test_what_does_not_fit_is_refused(x, alpha, cells, groups, order, message):
+def test_what_does_not_fit_is_refused(x, alpha, cells, groups, backend, message):
     with pytest.raises(ValueError, match=message):
         mixture_conv(
-            torch.randn(x), torch.randn(alpha), torch.randn(cells), (3, 3), None, 1, 1, 1, groups, backend=order
+            torch.randn(x), torch.randn(alpha), torch.randn(cells), (3, 3), None, 1, 1, 1, groups, backend=backend
         )
 
 
 @pytest.mark.parametrize(
-    ("batch", "channels", "size", "n", "order"),
+    ("batch", "channels", "size", "n", "backend"),
     [(8, 512, 7, 27, "fused"), (8, 512, 1, 27, "fused"), (64, 256, 2, 47, "mixed"), (1, 256, 14, 47, "fused")],
 )
-def test_order_of_least_cost(batch, channels, size, n, order):
-    """The orders that measurement found to be fastest by 1.4 to 20 times for 3x3 convolutions of ResNet18."""
+def test_backend_of_least_cost(batch, channels, size, n, backend):
+    """The backends that measurement found to be fastest by 1.4 to 20 times for 3x3 convolutions of ResNet18."""
     geo = geometry(
         (batch, channels, size, size), (batch, 9, n), (n, channels, channels, 1, 1), [3, 3], [1, 1], [1, 1], [1, 1], 1
     )
-    assert cheapest(geo, available_orders(geo, torch.float32, "cpu"), 4, "cpu") == order
+    assert cheapest(geo, available_backends(geo, torch.float32, "cpu"), 4, "cpu") == backend
 
 
 def test_double_precision_rounds_as_the_definition():
@@ -444,4 +392,4 @@ def test_double_precision_rounds_as_the_definition():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_an_empty_batch_has_a_cost(device):
     geo = geometry((0, 4, 5, 5), (0, 9, 3), (3, 6, 4, 1, 1), [3, 3], [1, 1], [1, 1], [1, 1], 1)
-    assert cheapest(geo, list(registry.ORDERS), 4, device) in registry.ORDERS
+    assert cheapest(geo, list(BACKENDS), 4, device) in BACKENDS

@@ -1,54 +1,29 @@
-"""The released models, computed by the released implementation, against ours: every number of them.
-
-tests/data/*.json.gz hold, for each of the 20 released configs of KernelWarehouse and 10 released models of ODConv, the
-keys and shapes of its state dict, and loss, logits and gradient norms in float64 for weights that `fill.py` makes from
-the keys.
-"""
+"""The released models, computed by the released implementation, against ours: every number of them."""
 
 import functools
-import gzip
-import json
-from pathlib import Path
 
 import fill
 import pytest
 import torch
 import torch.nn.functional as F
+from released_models import KW, OD, RELEASED, released_state
 from tolerance import NETWORK
 
 from models import build_model, load_weights, set_temperature
-from models.ops import registry
-from models.ops.control import forced_order
+from models.ops.backends import BACKENDS
+from models.ops.control import forced_backend
 from models.released import own_keys
 
 # those in Triton do not compute in float64
-ORDERS = [order for order in registry.ORDERS if not order.startswith("triton")]
-
-
-def recorded(name):
-    return json.loads(gzip.decompress((Path(__file__).parent / f"data/{name}.json.gz").read_bytes()))
-
-
-KW, OD = recorded("kernelwarehouse"), recorded("odconv")
-for record in OD.values():
-    record["config"] = {key: record[key] for key in ("model", "kernel_num", "reduction")}
-DATA = {**KW, **OD}
+ON_CPU = [backend for backend in BACKENDS if not backend.startswith("triton")]
 # the largest one last
 DYNAMIC = sorted((name for name in KW if name.startswith("kw")), key=lambda name: KW[name]["params"])
 SMALL = ["kw1x_resnet18", "kw1d2x_mobilenetv2_050", "kw1x_mobilenetv2_050", "kw1x_convnext_tiny"]
 
 
-def released_state(record):
-    shapes = {
-        key: torch.empty(shape, dtype=torch.int64 if key.endswith("num_batches_tracked") else torch.float32)
-        for key, shape in record["keys"].items()
-    }
-    return fill.fill_(shapes, record["seed"])
-
-
 @functools.lru_cache(maxsize=1)
 def loaded_model(name):
-    record = DATA[name]
+    record = RELEASED[name]
     model = build_model({**record["config"], "drop_path": 0.0, "dropout": 0.0})
     assert sum(p.numel() for p in model.parameters()) == record["params"]
     load_weights(model, {"model": released_state(record)})
@@ -59,11 +34,11 @@ def loaded_model(name):
     return model, {key: value.clone() for key, value in model.state_dict().items()}
 
 
-def run(model, state, x, targets, order=None):
+def run(model, state, x, targets, backend=None):
     """A pass in train mode, its gradient, and a pass in eval mode with the statistics of the first: name -> values."""
     model.load_state_dict(state)
     model.train().zero_grad()
-    with forced_order(order):
+    with forced_backend(backend):
         logits = model(x)
         loss = F.cross_entropy(logits, torch.tensor(targets))
         loss.backward()
@@ -92,18 +67,18 @@ def difference(ours, expected):
     return {what: float(value) / NETWORK for what, value in found.items()}
 
 
-def compare(name, temperature, order=None, strict=True):
+def compare(name, temperature, backend=None, strict=True):
     """All numbers of a released model at a temperature, to 1e-6.
 
     strict False is for the temperatures at which some of these networks, on a few images of noise, amplify rounding by
     1e9 and more: there they have to agree as far as the network agrees with itself when its input is rounded
     differently.
     """
-    record = DATA[name]
+    record = RELEASED[name]
     model, state = loaded_model(name)
     set_temperature(model, float(temperature))
     x = fill.make_input(record["input"], record["seed"]).double()
-    ours = run(model, state, x, record["targets"], order)
+    ours = run(model, state, x, record["targets"], backend)
 
     released = record["train"][temperature]
     expected = {"train": torch.tensor(released["logits"]), "loss": released["loss"]}
@@ -119,7 +94,7 @@ def compare(name, temperature, order=None, strict=True):
     found = difference(ours, expected)
     allowed = dict.fromkeys(found, 1.0)
     if not strict and max(found.values()) > 1:
-        again, *rounded = (run(model, state, x * f, record["targets"], order) for f in (1, 1 + 1e-15, 1 - 1e-15))
+        again, *rounded = (run(model, state, x * f, record["targets"], backend) for f in (1, 1 + 1e-15, 1 - 1e-15))
         assert torch.equal(again["train"], ours["train"]), "the same input gives the same numbers"
         here = {**ours, "train": ours["train"][:, :8], "eval": ours["eval"][:, :8]}
         own = [difference(other, {key: here[key] for key in expected}) for other in rounded]
@@ -129,10 +104,10 @@ def compare(name, temperature, order=None, strict=True):
 
 def last_temperature(name):
     """The one whose gradient norms are recorded per parameter."""
-    return list(DATA[name]["train"])[-1]
+    return list(RELEASED[name]["train"])[-1]
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("name", RELEASED)
 def test_released_model(name):
     compare(name, last_temperature(name))
 
@@ -149,8 +124,8 @@ def test_last_temperature_of_odconv(name):
 @pytest.mark.parametrize("name", [name for name in OD if "resnet" in name])
 def test_keys_and_shapes_of_odconv(name):
     """timm names the layers of ResNets as the released code does; MobileNetV2's are renamed."""
-    state = build_model(DATA[name]["config"]).state_dict()
-    assert {key: list(value.shape) for key, value in state.items()} == DATA[name]["keys"]
+    state = build_model(RELEASED[name]["config"]).state_dict()
+    assert {key: list(value.shape) for key, value in state.items()} == RELEASED[name]["keys"]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -159,20 +134,20 @@ def test_temperature(name, temperature):
     compare(name, temperature, strict=False)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize(
     "name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in DYNAMIC if name not in SMALL)]
 )
-def test_order(order, name):
-    compare(name, last_temperature(name), order)
+def test_backend(backend, name):
+    compare(name, last_temperature(name), backend)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DYNAMIC)
-@pytest.mark.parametrize("order", [None, *ORDERS])
-def test_every_temperature(order, name):
-    for temperature in DATA[name]["train"]:
-        compare(name, temperature, order, strict=False)
+@pytest.mark.parametrize("backend", [None, *ON_CPU])
+def test_every_temperature(backend, name):
+    for temperature in RELEASED[name]["train"]:
+        compare(name, temperature, backend, strict=False)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +155,7 @@ def test_every_temperature(order, name):
 )
 @pytest.mark.parametrize("wrapper", ["module", "state_dict", "bare", "parallel", "file"])
 def test_forms_of_a_checkpoint(name, wrapper, tmp_path):
-    state = released_state(DATA[name])
+    state = released_state(RELEASED[name])
     checkpoint = {
         "module": {"module": state},
         "state_dict": {"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3},
@@ -190,7 +165,7 @@ def test_forms_of_a_checkpoint(name, wrapper, tmp_path):
     }[wrapper]
     if wrapper == "file":
         torch.save({"model": state}, checkpoint)
-    model, expected = build_model(DATA[name]["config"]), build_model(DATA[name]["config"])
+    model, expected = build_model(RELEASED[name]["config"]), build_model(RELEASED[name]["config"])
     load_weights(expected, {"model": state})
     load_weights(model, checkpoint)
     assert all(torch.equal(value, expected.state_dict()[key]) for key, value in model.state_dict().items())

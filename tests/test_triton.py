@@ -1,4 +1,4 @@
-"""The orders in Triton: `triton_cases.py` in its interpreter or on a GPU, and every kernel compiled for two GPUs."""
+"""The backends in Triton: `triton_cases.py` in its interpreter or on a GPU, and every kernel compiled for two GPUs."""
 
 import os
 import subprocess
@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.ops import mixture_conv, triton_orders
+from models.ops import mixture_conv
+from models.ops.backends import BACKENDS, available_backends, triton_calls
 from models.ops.cost import cheapest
 from models.ops.geometry import geometry
-from models.ops.registry import ORDERS, available_orders
-from models.ops.triton_orders import triton_available
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -43,12 +42,12 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     """A program can be made for a GPU where there is none."""
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    triton_orders._works.cache_clear()
+    triton_calls._works.cache_clear()
     geo = call_of(2, 16, 16, 3, 8, 4)[3]
-    assert not triton_available(geo, torch.float32, "cuda")
-    assert cheapest(geo, available_orders(geo, torch.float32, "cuda"), 4, "cuda") in ORDERS
+    assert not BACKENDS["triton"].available(geo, torch.float32, "cuda")
+    assert cheapest(geo, available_backends(geo, torch.float32, "cuda"), 4, "cuda") in BACKENDS
     monkeypatch.undo()
-    triton_orders._works.cache_clear()
+    triton_calls._works.cache_clear()
 
 
 # --- compiling for GPUs that are not here -----------------------------------------------------------------------------
@@ -82,8 +81,6 @@ def compiled(monkeypatch, tmp_path):
     from triton.runtime import driver
     from triton.runtime.autotuner import Autotuner
 
-    from models.ops import triton_orders
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
     def compile(arch, name, shape, every):
@@ -101,12 +98,14 @@ def compiled(monkeypatch, tmp_path):
         monkeypatch.setattr(Autotuner, "run", run)
         monkeypatch.setattr(driver, "_active", Driver(arch))
         precision = "tf32" if name == "tf32" else "ieee"
-        monkeypatch.setattr(triton_orders, "_precision", lambda backend: precision)
+        monkeypatch.setattr(triton_calls, "_precision", lambda backend: precision)
         x, alpha, cells, geo = call_of(*shape, dtype=DTYPES[name])
-        for order in ("triton", "triton_fused"):
-            forward, backward = ORDERS[order]
+        for backend in ("triton", "triton_fused"):
+            forward, backward = BACKENDS[backend].forward, BACKENDS[backend].backward
             y = forward(x, alpha, cells, geo)
-            dx, dalpha, dcells = backward(y, x, alpha, cells, geo, NEEDS if order == "triton" else [True, False, False])
+            dx, dalpha, dcells = backward(
+                y, x, alpha, cells, geo, NEEDS if backend == "triton" else [True, False, False]
+            )
             assert y.shape[1] == geo.c_out and dx.shape == x.shape
         return results
 
@@ -156,24 +155,22 @@ def test_tensor_cores_and_wide_copies_are_used(compiled):
 
 
 def test_triton_is_imported_when_it_is_needed():
-    code = "import sys, models.ops; print('triton' in sys.modules, 'models.ops.triton_kernels' in sys.modules)"
+    code = "import sys, models.ops; print('triton' in sys.modules, 'models.ops.backends.triton_kernels' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False", "False"]
 
 
 def test_not_available_on_the_cpu():
     x, alpha, cells, geo = call_of(2, 4, 4, 3, 5, 3)
-    assert not triton_available(geo, x.dtype, "cpu")
+    assert not BACKENDS["triton"].available(geo, x.dtype, "cpu")
     with pytest.raises(ValueError, match="backend 'triton' cannot evaluate"):
         mixture_conv(x, alpha, cells, (3, 3), padding=1, backend="triton")
 
 
 @pytest.mark.parametrize("change", ["nothing", "float64", "not installed", "groups", "window", "size"])
 def test_what_is_not_available(change, monkeypatch):
-    from models.ops import triton_orders
-
-    monkeypatch.setattr(triton_orders, "_interpreted", lambda: True)
-    monkeypatch.setattr(triton_orders, "_installed", lambda: change != "not installed")
+    monkeypatch.setattr(triton_calls, "_interpreted", lambda: True)
+    monkeypatch.setattr(triton_calls, "_installed", lambda: change != "not installed")
     x, _, _, geo = call_of(2, 4, 4, 3, 5, 3)
     if change == "groups":
         geo = geometry(x.shape, (2, 9, 3), (3, 4, 1, 1, 1), [3, 3], [1, 1], [1, 1], [1, 1], 4)
@@ -182,7 +179,7 @@ def test_what_is_not_available(change, monkeypatch):
     if change == "size":
         geo = geometry((1, 4, 1 << 15, 1 << 15), (1, 9, 3), (3, 4, 4, 1, 1), [3, 3], [2, 2], [1, 1], [1, 1], 1)
     dtype = torch.float64 if change == "float64" else torch.float32
-    assert triton_available(geo, dtype, "cpu") == (change == "nothing")
+    assert BACKENDS["triton"].available(geo, dtype, "cpu") == (change == "nothing")
 
 
 def test_never_chosen_by_cost():
@@ -190,4 +187,4 @@ def test_never_chosen_by_cost():
     for shape in SHAPES.values():
         geo = call_of(*shape)[-1]
         for device in ("cpu", "cuda"):
-            assert not cheapest(geo, list(ORDERS), 4, device).startswith("triton")
+            assert not cheapest(geo, list(BACKENDS), 4, device).startswith("triton")

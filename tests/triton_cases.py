@@ -1,4 +1,4 @@
-"""What the orders in Triton compute, against the naive definition; `test_triton.py` runs this in a process of its own.
+"""What the backends in Triton compute, against the definition; `test_triton.py` runs this in a process of its own.
 
 There Triton's interpreter takes the place of a GPU, because TRITON_INTERPRET=1 must be set before Triton is imported.
 """
@@ -8,17 +8,17 @@ import os
 
 import pytest
 import torch
-from test_ops import make_call, with_gradients
+from mixture_calls import definition, make_call, with_gradients
 from tolerance import assert_same, difference
 
-from models.ops import mixture_conv, mixture_conv_naive, triton_kernels, triton_orders
+from models.ops import mixture_conv, mixture_conv_naive
+from models.ops.backends import available_backends, triton_calls, triton_kernels
 from models.ops.geometry import geometry
-from models.ops.registry import available_orders
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "exact_float32")
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-ORDERS = ["triton", "triton_fused"]
+BACKENDS = ["triton", "triton_fused"]
 KERNELS = ["assemble", "convolve", "kernel_gradient", "multiply", "mix_and_convolve"]
 
 
@@ -35,16 +35,14 @@ def place(tensors, dtype=torch.float32):
 def in_float64(function, *arguments):
     """A call (tensors, arguments) and its exact result."""
     tensors, arguments = function(*arguments)
-    bias = arguments[1] if arguments[1] is None else arguments[1].double()
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    return tensors, arguments, with_gradients(mixture_conv_naive, exact, (arguments[0], bias, *arguments[2:]))
+    return tensors, arguments, definition(tensors, arguments)
 
 
-def check(order, function, *arguments):
+def check(backend, function, *arguments):
     """Output and gradients of a call in float32."""
     tensors, arguments, reference = in_float64(function, *arguments)
     bias = arguments[1] if arguments[1] is None else arguments[1].to(DEVICE)
-    values = with_gradients(mixture_conv, place(tensors), (arguments[0], bias, *arguments[2:]), backend=order)
+    values = with_gradients(mixture_conv, place(tensors), (arguments[0], bias, *arguments[2:]), backend=backend)
     for value, expected in zip(values, reference, strict=True):
         assert_same(value.cpu(), expected)
 
@@ -52,13 +50,13 @@ def check(order, function, *arguments):
 def fits(seed):
     tensors, (kernel, _, *rest) = make_call(seed, torch.float32)
     geo = geometry(*(t.shape for t in tensors), kernel, *rest)
-    return "triton" in available_orders(geo, torch.float32, DEVICE)
+    return "triton" in available_backends(geo, torch.float32, DEVICE)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", list(filter(fits, range(60)))[:5])
-def test_order_equals_naive(order, seed):
-    check(order, make_call, seed, torch.float32)
+def test_backend_equals_naive(backend, seed):
+    check(backend, make_call, seed, torch.float32)
 
 
 def call_of(batch, ci, co, g_in, g_out, groups, kernel, size, n, stride=1, padding=0, dilation=1, last=True):
@@ -85,10 +83,10 @@ TILES = [
 ]
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", TILES, ids=str)
-def test_tiles(order, shape):
-    check(order, call_of, *shape)
+def test_tiles(backend, shape):
+    check(backend, call_of, *shape)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -113,31 +111,31 @@ def test_every_choice_of_tiles(kernel, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_pieces(order, monkeypatch):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pieces(backend, monkeypatch):
     """Samples, and inner dimensions of products, are worked off in pieces, whose last ones are smaller."""
-    monkeypatch.setattr(triton_orders, "PIECE_BYTES", 3 * 9 * 6 * 14 * 4)
-    monkeypatch.setattr(triton_orders, "SHARE", 64)
-    check(order, call_of, 7, 6, 14, 1, 1, 1, 3, (4, 3), 4, 1, 1)
+    monkeypatch.setattr(triton_calls, "PIECE_BYTES", 3 * 9 * 6 * 14 * 4)
+    monkeypatch.setattr(triton_calls, "SHARE", 64)
+    check(backend, call_of, 7, 6, 14, 1, 1, 1, 3, (4, 3), 4, 1, 1)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("shape", [(2, 16, 16, 3, 4), (3, 24, 40, 1, 5)], ids=str)
-def test_low_precision_is_as_exact_as_naive(order, dtype, shape):
+def test_low_precision_is_as_exact_as_naive(backend, dtype, shape):
     batch, c_in, c_out, k, size = shape
     tensors, arguments = call_of(batch, 8, 8, c_in // 8, c_out // 8, 1, k, (size, size), 12, 1, k // 2)
     low = [t.to(dtype).requires_grad_() for t in tensors]
-    exact = with_gradients(mixture_conv_naive, [t.detach().double().requires_grad_() for t in low], arguments)
+    exact = definition(low, arguments)
     naive = with_gradients(mixture_conv_naive, low, arguments)
-    ours = with_gradients(mixture_conv, place(low, dtype), arguments, backend=order)
+    ours = with_gradients(mixture_conv, place(low, dtype), arguments, backend=backend)
     for value, standard, expected in zip(ours, naive, exact, strict=True):
         assert value.dtype == dtype
         assert difference(value.cpu(), expected) <= 1.5 * difference(standard, expected) + 1e-3
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_sums_over_samples_are_not_rounded(order):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_over_samples_are_not_rounded(backend):
     """Gradients of cells, whose samples cancel out but for what half precision would lose."""
     x, alpha, cells = torch.ones(9, 4, 3, 3), torch.ones(9, 1, 2), torch.ones(2, 4, 4, 1, 1)
     tensors = place([x, alpha, cells], torch.bfloat16)
@@ -146,33 +144,33 @@ def test_sums_over_samples_are_not_rounded(order):
     dy[-1] = 0
     dy[-1, :, 0, 0] = -72
     dy[-1, :, 0, 1] = -0.25
-    y = mixture_conv(*tensors, (1, 1), backend=order)
+    y = mixture_conv(*tensors, (1, 1), backend=backend)
     assert torch.equal(torch.autograd.grad(y, tensors[2], dy)[0].cpu(), torch.full_like(cells, -0.25).bfloat16())
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_only_the_asked_gradients(order):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_asked_gradients(backend):
     tensors, arguments, reference = in_float64(call_of, *TILES[3])
     for i in range(3):
         only = [t.requires_grad_(j == i) for j, t in enumerate(place(tensors))]
-        y = mixture_conv(*only, *arguments, backend=order)
+        y = mixture_conv(*only, *arguments, backend=backend)
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
         assert_same(torch.autograd.grad(y, only[i], dy)[0].cpu(), reference[i + 1])
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_layout_of_the_input_is_kept(order):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layout_of_the_input_is_kept(backend):
     (x, alpha, cells), arguments = call_of(2, 5, 6, 1, 1, 1, 3, (8, 8), 4, 1, 1)
     x, alpha, cells = place([x, alpha, cells])
     expected = mixture_conv_naive(x, alpha, cells, *arguments)
-    last = mixture_conv(x, alpha, cells, *arguments, backend=order)
-    first = mixture_conv(x.contiguous(), alpha, cells, *arguments, backend=order)
+    last = mixture_conv(x, alpha, cells, *arguments, backend=backend)
+    first = mixture_conv(x.contiguous(), alpha, cells, *arguments, backend=backend)
     assert first.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
     assert_same(first, expected), assert_same(last, expected)
     # neither dense nor in a common order, as gradients of sums and slices of tensors are
     every_other = torch.stack([x, x], -1)[..., 0]
     wide = alpha.repeat_interleave(2, 2)[..., ::2]
-    y = mixture_conv(every_other, wide, cells, *arguments, backend=order)
+    y = mixture_conv(every_other, wide, cells, *arguments, backend=backend)
     assert_same(y, expected)
     assert_same(torch.autograd.grad(y.sum(), cells)[0], torch.autograd.grad(expected.sum(), cells)[0])
 
@@ -183,5 +181,5 @@ def test_tables_do_not_depend_on_the_batch():
     misses = []
     for batch in (2, 3, 4):
         with_gradients(mixture_conv, [t[:batch] for t in tensors[:2]] + tensors[2:], ((3, 3),), backend="triton")
-        misses.append(triton_orders._tables.cache_info().misses)
+        misses.append(triton_calls._tables.cache_info().misses)
     assert misses[0] == misses[2]

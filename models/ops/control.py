@@ -1,4 +1,4 @@
-"""Watching the operators and choosing their order of evaluation from outside, for tests and measurements.
+"""Watching the operators and choosing the backend from outside, for tests and measurements.
 
 Not for several threads.
 """
@@ -11,7 +11,7 @@ _forced = None
 
 @contextlib.contextmanager
 def observed(function):
-    """Within it every call of an operator is told: function(name, *arguments) with the positional arguments in order.
+    """Within it every call of an operator is told: function(name, *arguments) with the positional arguments.
 
     The operators are "mixture_conv" and "sample_conv".
     """
@@ -29,19 +29,19 @@ def tell(name, *arguments):
 
 
 @contextlib.contextmanager
-def forced_order(order):
-    """Within it every mixture convolution uses this order where it can; None lets the cost decide.
+def forced_backend(backend):
+    """Within it every mixture convolution uses this backend where it can; None lets the cost decide.
 
     With "naive" `sample_conv`, too, is evaluated as it is defined.
     """
     global _forced
-    before, _forced = _forced, order
+    before, _forced = _forced, backend
     try:
         yield
     finally:
         _forced = before
 
 
-def order_forced():
-    """The order that `forced_order` asks for, or None."""
+def backend_forced():
+    """The backend that `forced_backend` asks for, or None."""
     return _forced

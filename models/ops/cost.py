@@ -1,4 +1,4 @@
-"""Which order evaluates a call soonest: the estimated time of every order is a sum over what it does.
+"""Which backend evaluates a call soonest: the estimated time of every backend is a sum over what it does.
 
 The unit is the microsecond.  Only ratios matter.
 """
@@ -44,7 +44,7 @@ CPU = {
         (20700, 53700, 122, 167, 361, 296, 42.6),
     ],
 }
-# the same with `--dtype bfloat16 --cases 8`: libraries multiply in it, compiled orders in float32
+# the same with `--dtype bfloat16 --cases 8`: libraries multiply in it, compiled backends in float32
 CPU_HALF = {
     "grouped": [
         (6530, 132, 417, 1150, 7370, 19900, 180, 0, 280),
@@ -76,7 +76,7 @@ CPU_HALF = {
     ],
 }
 # not measured: set from the memory bandwidth and peak rate of a data-centre GPU, where cuDNN's grouped convolution of
-# one sample's kernel each is the slow part.  Orders that are missing are chosen only by name
+# one sample's kernel each is the slow part.  Backends that are missing are chosen only by name
 CUDA = {
     "grouped": [(10, 0.5, 20.5, 20.5, 10, 10, 1, 0, 20)] * 2,
     "batched": [(10, 0.5, 0.5, 10, 1, 0.5, 5, 15)] * 2,
@@ -94,8 +94,8 @@ def _filled(size, tile):
     return math.ceil(size / tile) * tile
 
 
-def work(order, geo: Geometry, item_bytes):
-    """What an order has to do in a forward pass: 1e9 multiply-adds of its products, MB that it moves, calls."""
+def work(backend, geo: Geometry, item_bytes):
+    """What a backend has to do in a forward pass: 1e9 multiply-adds of its products, MB that it moves, calls."""
     groups = geo.groups if geo.foldable else 1
     batch, g_out, k = geo.batch * groups, geo.g_out // groups, geo.taps * geo.g_in
     c_out, q, positions = geo.cell[0], geo.q, geo.positions
@@ -105,54 +105,54 @@ def work(order, geo: Geometry, item_bytes):
     size = kernels * item_bytes / MB
     mix, convolve = kernels * geo.n * wide, kernels * positions * wide
     warehouse = geo.n * c_out * q * item_bytes / MB
-    # inputs and outputs, where they are as a compiled order wants them and where they are turned around
+    # inputs and outputs, where they are as a compiled backend wants them and where they are turned around
     moved = geo.batch * positions * (geo.c_out + geo.groups * geo.g_in * q) * item_bytes / MB
-    as_they_are, turned = (moved, 0) if geo.last == (order == "fused") else (0, moved)
-    if order == "grouped":
+    as_they_are, turned = (moved, 0) if geo.last == (backend == "fused") else (0, moved)
+    if backend == "grouped":
         fresh = size * MB > LIMIT_BYTES
         # libraries convolve groups more slowly
         dense, sparse = (convolve, 0) if geo.groups == 1 else (0, convolve)
         return mix, warehouse, size * (not fresh), size * fresh, dense, sparse, moved, geo.batch, 1
-    if order == "batched":
+    if backend == "batched":
         patches = batch * k * q * positions * item_bytes / MB if patches_are_copies(geo) else 0
         # every product but the first adds to the output in memory
         sums = (k - 1) * batch * g_out * c_out * positions * item_bytes / MB
         return mix, warehouse, size, convolve, patches, sums, k, 1
-    if order == "mixed":
+    if backend == "mixed":
         mixed = batch * g_out * geo.n * positions * q
         return mixed * (k + c_out) * wide, warehouse, mixed * item_bytes / MB, geo.n, 1
-    if order == "outputs":
+    if backend == "outputs":
         cells = geo.n * batch * c_out * positions
         return cells * q * wide, warehouse, cells * item_bytes / MB, moved, 1
-    if order == "fused":
+    if backend == "fused":
         # channels fill whole registers, and short products wait for their operands
         kernels = batch * k * g_out * _filled(c_out, LANES) * _filled(q, LANES) * wide
         short = max(1, 6 / max(1, batch * g_out * k))
         return kernels * max(positions, 4), kernels * geo.n * short, warehouse, as_they_are, turned, 1
-    if order == "depthwise":
+    if backend == "depthwise":
         return convolve, mix, as_they_are, turned, geo.batch * geo.c_out / 1e6, warehouse, 1
-    if order == "pointwise":
+    if backend == "pointwise":
         return convolve, mix, size, as_they_are, turned, warehouse, 1
     # Triton: tiles are full, whatever the shape
     kernels = batch * k * g_out * _filled(c_out, TILE) * _filled(q, TILE) * (1 if item_bytes < 4 else 4) / GIGA
     mix = kernels * _filled(geo.n, TILE)
-    if order == "triton":
+    if backend == "triton":
         return mix, kernels * _filled(positions, TILE), size, 1
     # mixed anew for every 64 positions, for 16 samples at a time
     full = _filled(batch, TILE) / max(1, batch)
     return mix * math.ceil(positions / 64) * full, kernels * _filled(positions, TILE) * full, 1
 
 
-def estimate(order, geo, item_bytes, device, backward=False):
+def estimate(backend, geo, item_bytes, device, backward=False):
     """Estimated microseconds of a pass."""
-    costs = _costs(device, item_bytes).get(order)
+    costs = _costs(device, item_bytes).get(backend)
     if costs is None:
         return math.inf
-    return sum(a * b for a, b in zip(work(order, geo, item_bytes), costs[backward], strict=True))
+    return sum(a * b for a, b in zip(work(backend, geo, item_bytes), costs[backward], strict=True))
 
 
 def cheapest(geo, available, item_bytes, device, backward=False):
-    """The order of least estimated cost; in float64 the one that rounds as the definition does.
+    """The backend of least estimated cost; in float64 the one that rounds as the definition does.
 
     That type is for comparisons, and deep networks amplify a rounding of 1e-16 up to 1e10 times.
     """
@@ -160,8 +160,8 @@ def cheapest(geo, available, item_bytes, device, backward=False):
         return "grouped"
     if "pointwise" in available and not geo.last and item_bytes > 2:
         # the same products as theirs, in one call and without copies
-        available = [order for order in available if order not in ("grouped", "batched")]
+        available = [backend for backend in available if backend not in ("grouped", "batched")]
     if "depthwise" in available and math.prod(geo.kernel) == 1:
         # oneDNN's depth-wise convolutions of one tap, as on maps of one pixel, take 100 times as long
-        available = [order for order in available if order != "grouped"]
-    return min(available, key=lambda order: estimate(order, geo, item_bytes, device, backward))
+        available = [backend for backend in available if backend != "grouped"]
+    return min(available, key=lambda backend: estimate(backend, geo, item_bytes, device, backward))

@@ -13,6 +13,10 @@ import torch.nn.functional as F
 
 from .scratch import scratch
 
+# output positions up to which a map is small: products then have positions as rows, whatever the layout of the input,
+# and beat a grouped convolution
+SMALL_MAP = 64
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -150,6 +154,24 @@ def pad(x, geo):
     return F.pad(x, [side for left_right in reversed(geo.pads) for side in left_right])
 
 
+def unpad(dx, geo):
+    """The adjoint of `pad`: the gradient without that of the padding, and with zeros where `pad` crops."""
+    crop = [-side for left_right in reversed(geo.pads) for side in left_right]
+    return F.pad(dx, crop) if any(crop) else dx
+
+
+def library_convolution(x, geo):
+    """(source, arguments): what PyTorch's convolution reads, and its arguments between the bias and the groups."""
+    # the library pads both sides alike, which is right where it finds the same output positions
+    dims = zip(x.shape[2:], geo.kernel, geo.stride, geo.dilation, geo.out, geo.pads, strict=True)
+    symmetric = all(
+        left >= 0 and out == (size + 2 * left - d * (k - 1) - 1) // s + 1 for size, k, s, d, out, (left, _) in dims
+    )
+    padding = [left if symmetric else 0 for left, _ in geo.pads]
+    arguments = (list(geo.stride), padding, list(geo.dilation), False, [0] * len(geo.kernel))
+    return x if symmetric else pad(x, geo), arguments
+
+
 def windows(x, geo):
     """Padded x [B, C, *S] -> a view [B, C, *kernel, *out] of what every tap sees at every position."""
     sizes = [*x.shape[:2], *geo.kernel, *geo.out]
@@ -205,9 +227,7 @@ def unpatches(cols, geo, layout, x_shape):
             for t, d, o, s in zip(tap, geo.dilation, geo.out, geo.stride, strict=True)
         )
         split[every + where] += seen[every + tap]
-    crop = [side for left, right in reversed(geo.pads) for side in (-left, -right)]
-    total = F.pad(total, crop) if any(crop) else total
-    return total.to(cols.dtype)
+    return unpad(total, geo).to(cols.dtype)
 
 
 def _axes(layout, dims, per_tap):

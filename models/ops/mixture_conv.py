@@ -1,4 +1,4 @@
-"""The mixture convolution as a registered operator, with the order of evaluation chosen per call."""
+"""The mixture convolution as a registered operator, with the backend chosen per call."""
 
 import functools
 import math
@@ -6,11 +6,11 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-from .control import order_forced, tell
+from .backends import BACKENDS, available_backends
+from .control import backend_forced, tell
 from .cost import cheapest
 from .geometry import geometry, is_channels_last, output_size
 from .naive import mixture_conv_naive
-from .registry import COMPILED, ORDERS, available_orders
 
 
 def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend=None):
@@ -19,7 +19,7 @@ def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, d
     x: [B, C, *S] with one to three spatial dimensions; alpha: [B, m, n]; cells: [n, co, ci, *k], where k is all ones
     or the kernel size; bias: [O] or None.  A kernel [O, C / groups, *kernel_size] is cut into
     m = T * Go * Gi cells (positions, output blocks, input blocks, in this order).
-    backend: an order of evaluation, by name (those of `models.ops.registry.ORDERS`, or "naive" for the reference);
+    backend: how to compute it, by name (those of `models.ops.backends.BACKENDS`, or "naive" for the reference);
     they agree up to rounding, and the default is the one that the cost model expects to be the fastest.
     Returns [B, O, *S'], channels innermost where those of x are.  Under autocast in its data type, else in x's.
     Raises ValueError for shapes that do not fit and for a backend that cannot evaluate them.
@@ -30,21 +30,21 @@ def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, d
     )
     _check(x, alpha, cells, kernel_size, groups)
     tell("mixture_conv", x, alpha, cells, kernel_size, bias, stride, padding, dilation, groups)
-    order = backend or order_forced() or "auto"
+    name = backend or backend_forced() or "auto"
     # tensors without data, as in counting, have no autocast
     autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if dtype != torch.float64 and x.dtype == torch.float64:
         dtype = x.dtype
     x, alpha, bias = x.to(dtype), alpha.to(dtype), bias if bias is None else bias.to(dtype)
-    if order == "naive":
+    if name == "naive":
         return mixture_conv_naive(x, alpha, cells.to(dtype), kernel_size, bias, stride, padding, dilation, groups)
     tensors = [x, alpha, cells] if bias is None else [x, alpha, cells, bias]
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     eager = differentiable and not torch.compiler.is_compiling()
     operator = _Differentiable.apply if eager else torch.ops.kernelwarehouse.mixture_conv
     strict = backend is not None
-    return operator(x, alpha, cells, bias, kernel_size, stride, padding, dilation, groups, order, strict)
+    return operator(x, alpha, cells, bias, kernel_size, stride, padding, dilation, groups, name, strict)
 
 
 def _check(x, alpha, cells, kernel_size, groups):
@@ -66,10 +66,10 @@ def _check(x, alpha, cells, kernel_size, groups):
         )
 
 
-def _geometry_and_order(x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, strict, backward):
+def _geometry_and_backend(x, alpha, cells, kernel_size, stride, padding, dilation, groups, backend, strict, backward):
     lists = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
     shapes, last = (x.shape, alpha.shape, cells.shape), is_channels_last(x)
-    return _plan(*shapes, *lists, groups, last, x.dtype, x.device.type, order, strict, backward)
+    return _plan(*shapes, *lists, groups, last, x.dtype, x.device.type, backend, strict, backward)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -85,26 +85,26 @@ def _plan(
     last,
     dtype,
     device,
-    order,
+    backend,
     strict,
     backward,
 ):
-    """Geometry and order of a call; networks make the same calls again and again."""
+    """Geometry and backend of a call; networks make the same calls again and again."""
     geo = geometry(x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, dilation, groups, last)
-    available = available_orders(geo, dtype, device)
-    if order not in ("auto", *available):
-        if strict or order not in ORDERS:
-            raise ValueError(f"backend '{order}' cannot evaluate this call; available: {', '.join(available)}")
-        order = "auto"
-    return geo, cheapest(geo, available, dtype.itemsize, device, backward) if order == "auto" else order
+    available = available_backends(geo, dtype, device)
+    if backend not in ("auto", *available):
+        if strict or backend not in BACKENDS:
+            raise ValueError(f"backend '{backend}' cannot evaluate this call; available: {', '.join(available)}")
+        backend = "auto"
+    return geo, cheapest(geo, available, dtype.itemsize, device, backward) if backend == "auto" else backend
 
 
-def _as_evaluated(cells, x, order):
-    """The cells in the type that an order works in.
+def _as_evaluated(cells, x, backend):
+    """The cells in the type that a backend works in.
 
     Under autocast they come as they are: cast by the caller, every layer would keep a copy of its warehouse.
     """
-    return cells if order in COMPILED else cells.to(x.dtype)
+    return cells if BACKENDS[backend].casts_cells else cells.to(x.dtype)
 
 
 def _in_layout(y, last):
@@ -122,20 +122,20 @@ def _mixture_conv(
     padding: list[int],
     dilation: list[int],
     groups: int,
-    order: str,
+    backend: str,
     strict: bool,
 ) -> torch.Tensor:
-    arguments = (x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, strict)
-    geo, order = _geometry_and_order(*arguments, False)
+    arguments = (x, alpha, cells, kernel_size, stride, padding, dilation, groups, backend, strict)
+    geo, backend = _geometry_and_backend(*arguments, False)
     if x.shape[0] == 0:
         return x.new_empty(0, geo.c_out, *geo.out)
-    y = _in_layout(ORDERS[order][0](x, alpha, _as_evaluated(cells, x, order), geo), is_channels_last(x))
+    y = _in_layout(BACKENDS[backend].forward(x, alpha, _as_evaluated(cells, x, backend), geo), is_channels_last(x))
     # in place: new memory costs as much as the sum
     return y if bias is None else y.add_(bias.view(-1, *[1] * len(geo.out)))
 
 
 @_mixture_conv.register_fake
-def _(x, alpha, cells, bias, kernel_size, stride, padding, dilation, groups, order, strict):
+def _(x, alpha, cells, bias, kernel_size, stride, padding, dilation, groups, backend, strict):
     taps = math.prod(kernel_size) // math.prod(cells.shape[3:])
     c_out = alpha.shape[1] // (taps * (x.shape[1] // groups // cells.shape[2])) * cells.shape[1]
     out = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
@@ -155,14 +155,14 @@ def _mixture_conv_backward(
     padding: list[int],
     dilation: list[int],
     groups: int,
-    order: str,
+    backend: str,
     needs: list[bool],
 ) -> list[torch.Tensor]:
-    arguments = (x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, False)
-    geo, order = _geometry_and_order(*arguments, True)
+    arguments = (x, alpha, cells, kernel_size, stride, padding, dilation, groups, backend, False)
+    geo, backend = _geometry_and_backend(*arguments, True)
     if x.shape[0] == 0:
         return [torch.zeros_like(t) for t, need in zip((x, alpha, cells), needs, strict=True) if need]
-    grads = ORDERS[order][1](dy, x, alpha, _as_evaluated(cells, x, order), geo, needs)
+    grads = BACKENDS[backend].backward(dy, x, alpha, _as_evaluated(cells, x, backend), geo, needs)
     result = []
     for grad, like in zip(grads, (x, alpha, cells), strict=True):
         if grad is not None:
@@ -172,7 +172,7 @@ def _mixture_conv_backward(
 
 
 @_mixture_conv_backward.register_fake
-def _(dy, x, alpha, cells, kernel_size, stride, padding, dilation, groups, order, needs):
+def _(dy, x, alpha, cells, kernel_size, stride, padding, dilation, groups, backend, needs):
     return [torch.empty_like(t) for t, need in zip((x, alpha, cells), needs, strict=True) if need]
 
 

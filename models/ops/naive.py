@@ -1,4 +1,4 @@
-"""The mixture convolution, written as its definition.  Every fast order is tested against this one."""
+"""The mixture convolution, written as its definition.  Every backend is tested against this one."""
 
 import torch
 

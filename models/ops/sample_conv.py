@@ -4,11 +4,8 @@ import math
 
 import torch.nn.functional as F
 
-from .control import order_forced, tell
-from .geometry import output_size
-
-# output positions up to which a product with patches beats a grouped convolution, which is slow at small maps
-SMALL_MAP = 64
+from .control import backend_forced, tell
+from .geometry import SMALL_MAP, output_size
 
 
 def sample_conv(x, kernels, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -21,7 +18,7 @@ def sample_conv(x, kernels, bias=None, stride=1, padding=0, dilation=1, groups=1
     dims, window = x.ndim - 2, kernels.shape[3:]
     stride, padding, dilation = ([v] * dims if isinstance(v, int) else list(v) for v in (stride, padding, dilation))
     out = output_size(x.shape[2:], window, stride, padding, dilation)
-    if order_forced() == "naive":
+    if backend_forced() == "naive":
         return grouped_sample_conv(x, kernels, bias, stride, padding, dilation, groups)
     if groups == 1 and math.prod(window) == 1 and not any(padding):
         patches = x[(..., *(slice(None, None, s) for s in stride))].flatten(2)

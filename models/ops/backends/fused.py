@@ -1,4 +1,4 @@
-"""The order "fused" of the mixture convolution on the CPU, compiled from `fused.cpp`.
+"""The backend "fused" of the mixture convolution on the CPU, compiled from `fused.cpp`.
 
 A tile of every sample's kernel is mixed and multiplied while it is in the cache.
 """
@@ -9,15 +9,16 @@ import math
 
 import torch
 
+from ..geometry import empty_like_layout, full_alpha, live_alpha
+from ..scratch import scratch
 from .compiled import TYPES, compiles, library, run
-from .geometry import empty_like_layout, full_alpha, live_alpha
-from .scratch import scratch
 
+CASTS_CELLS = True
 SOURCE = "fused.cpp"
 
 
-def fused_available(geo, dtype, device):
-    """Whether the order can evaluate a call."""
+def available(geo, dtype, device):
+    """Whether the backend can evaluate a call."""
     pointwise = geo.kernel == (1,) * len(geo.kernel)
     return (geo.per_tap or pointwise) and geo.foldable and compiles(SOURCE, dtype, device)
 
@@ -166,7 +167,7 @@ def _layout(x, geo):
     return _layout_of(x.shape[2:], geo, dtype, library(SOURCE, dtype), torch.get_num_threads())
 
 
-def fused_forward(x, alpha, cells, geo):
+def forward(x, alpha, cells, geo):
     """Mix tiles of kernels and multiply by them at once."""
     layout, y = _layout(x, geo), empty_like_layout(x, geo.c_out, geo.out)
     target = layout.y_view(y)
@@ -178,8 +179,8 @@ def fused_forward(x, alpha, cells, geo):
     return y
 
 
-def fused_backward(dy, x, alpha, cells, geo, needs):
-    """Gradients of `fused_forward`; the kernels are mixed again."""
+def backward(dy, x, alpha, cells, geo, needs):
+    """Gradients of `forward`; the kernels are mixed again."""
     layout = _layout(x, geo)
     units, wide, dy = layout.units(alpha), layout.cells(cells), layout.y_rows(dy)
     dx = dalpha = dcells = None

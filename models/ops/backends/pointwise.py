@@ -1,4 +1,4 @@
-"""The order "pointwise" of the mixture convolution on the CPU, compiled from `pointwise.cpp`.
+"""The backend "pointwise" of the mixture convolution on the CPU, compiled from `pointwise.cpp`.
 
 For kernels of one tap and maps that are large beside them: kernels are mixed once and stay in the cache.
 """
@@ -10,17 +10,18 @@ from dataclasses import replace
 
 import torch
 
+from ..geometry import full_alpha, live_alpha
+from ..scratch import scratch
 from .compiled import TYPES, compiles, library, run
-from .geometry import full_alpha, live_alpha
-from .scratch import scratch
 
+CASTS_CELLS = True
 SOURCE = "pointwise.cpp"
 # kernels are mixed for so many samples at a time
 KERNEL_BYTES = 16 << 20
 
 
-def pointwise_available(geo, dtype, device):
-    """Whether the order can evaluate a call."""
+def available(geo, dtype, device):
+    """Whether the backend can evaluate a call."""
     return (
         math.prod(geo.kernel) == 1
         and geo.foldable
@@ -80,7 +81,7 @@ class _Pass:
         return run(library(SOURCE, self.x.dtype), name, call, *arrays)
 
 
-def pointwise_forward(x, alpha, cells, geo):
+def forward(x, alpha, cells, geo):
     """Mix kernels, then multiply blocks of positions by them."""
     own = _Pass(x, alpha, cells, geo)
     y = own.x.new_empty(geo.batch, geo.c_out, *geo.out)
@@ -89,8 +90,8 @@ def pointwise_forward(x, alpha, cells, geo):
     return y.to(x.dtype)
 
 
-def pointwise_backward(dy, x, alpha, cells, geo, needs):
-    """Gradients of `pointwise_forward`; the kernels are mixed again."""
+def backward(dy, x, alpha, cells, geo, needs):
+    """Gradients of `forward`; the kernels are mixed again."""
     own = _Pass(x, alpha, cells, geo)
     dy = dy.to(own.x.dtype).contiguous()
     dx = torch.empty_like(own.x) if needs[0] else None

@@ -41,8 +41,7 @@ static Kernel of_outputs(const Call &c) {
 static void multiply(const Call &c, const Kernel &kernel, const real *kernels, Int channels, const real *x, real *y) {
   const Int block = std::max<Int>(TILE, std::min(POSITIONS, CACHE_BYTES / Int(sizeof(real)) / channels / TILE * TILE));
   const Int blocks = (c.positions + block - 1) / block, rows = kernel.rows.size();
-  std::vector<Int> table;
-  const Int *y_rows = numbers(rows, c.positions, table);
+  const std::vector<Int> y_rows = steps(rows, c.positions);
 #pragma omp parallel for schedule(static) num_threads(c.threads)
   for (Int item = 0; item < c.samples * blocks; item++) {
     const Int s = item / blocks, first = item % blocks * block;
@@ -53,14 +52,12 @@ static void multiply(const Call &c, const Kernel &kernel, const real *kernels, I
     p.a = kernels + s * c.kernel_size(), p.a_rows = kernel.rows.data(), p.a_step = kernel.step;
     p.a_groups = kernel.groups.data(), p.groups = kernel.groups.size(), p.depth = kernel.depth;
     p.b = packed, p.b_step = step, p.b_group = kernel.depth * step;
-    p.c = y + s * rows * c.positions + first, p.c_rows = y_rows;
+    p.c = y + s * rows * c.positions + first, p.c_rows = y_rows.data();
     columns_product(p, rows, count, buffers[1].get(ROWS * TILE));
   }
 }
 
 extern "C" {
-
-Int lanes() { return LANES; }
 
 // y [s][output][position]; kernels is memory to work in
 void forward(const Call *call, const real *x, const real *alpha, const real *cells, real *kernels, real *y) {
@@ -89,8 +86,8 @@ void backward(const Call *call, const real *dy, const real *x, const real *alpha
   // parts of the outputs where there are fewer blocks of inputs than threads can share
   const Int blocks = c.samples * c.g_in, parts = std::min(c.outputs(), (4 * c.threads + blocks - 1) / blocks);
   const Kernel kernel = of_outputs(c);
-  std::vector<Int> table;
-  const Int *dy_rows = numbers(c.outputs(), c.positions, table), step = whole(c.c_in);
+  const std::vector<Int> dy_rows = steps(c.outputs(), c.positions);
+  const Int step = whole(c.c_in);
 #pragma omp parallel for schedule(static) num_threads(c.threads)
   for (Int item = 0; item < blocks * parts; item++) {
     const Int s = item / parts / c.g_in, i = item / parts % c.g_in;
@@ -100,7 +97,7 @@ void backward(const Call *call, const real *dy, const real *x, const real *alpha
       const Int count = std::min(SUMMED, c.positions - first);
       transpose_all(x + (s * c.inputs() + i * c.c_in) * c.positions + first, c.positions, c.c_in, count, turned, step);
       Product p = {};
-      p.a = dy + s * c.outputs() * c.positions + first, p.a_rows = dy_rows + r0, p.a_step = 1;
+      p.a = dy + s * c.outputs() * c.positions + first, p.a_rows = dy_rows.data() + r0, p.a_step = 1;
       p.b = turned, p.b_step = step;
       p.c = dkernels + s * c.kernel_size() + i * cell, p.c_rows = kernel.rows.data() + r0;
       p.depth = count, p.groups = 1, p.add = first > 0;

@@ -1,7 +1,6 @@
-"""The orders "triton" and "triton_fused" of the mixture convolution on NVIDIA GPUs: launches of `triton_kernels.py`.
+"""What the backends "triton" and "triton_fused" share: where they are available, and launches of `triton_kernels.py`.
 
-"triton" assembles kernels in the convolution's layout and convolves each sample with its own; "triton_fused" mixes
-tiles of them where they are multiplied, for small maps.  Triton is optional, and imported when a call first needs it.
+Triton is optional, and imported when a call first needs it.
 """
 
 import functools
@@ -12,7 +11,7 @@ import warnings
 
 import torch
 
-from .geometry import full_alpha, live_alpha
+from ..geometry import full_alpha, live_alpha
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)
@@ -22,7 +21,7 @@ PIECE_BYTES = 1 << 30
 PROGRAMS, SHARE = 512, 128
 
 
-# --- where the orders are available -----------------------------------------------------------------------------------
+# --- where they are available --------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -47,13 +46,13 @@ def _works():
         # loads the driver's functions, for which Triton needs a C compiler
         _kernels().triton.runtime.driver.active.get_current_target()
     except Exception as error:
-        warnings.warn(f"Triton does not work here, other evaluation orders are used: {error}", stacklevel=2)
+        warnings.warn(f"Triton does not work here, other backends are used: {error}", stacklevel=2)
         return False
     return True
 
 
-def triton_available(geo, dtype, device):
-    """Whether the orders can evaluate a call."""
+def available(geo, dtype, device):
+    """Whether the backends can evaluate a call."""
     shapes = zip(geo.out, geo.stride, geo.kernel, geo.dilation, geo.pads, strict=True)
     source = math.prod((o - 1) * s + (k - 1) * d + 1 - left - right for o, s, k, d, (left, right) in shapes)
     numbers = (source * geo.groups * geo.c_in, geo.positions * geo.c_out, geo.taps * geo.c_out * geo.c_in)
@@ -156,7 +155,7 @@ def _rows(x):
     return x.movedim(1, -1).contiguous().flatten(1, -2)
 
 
-class _Call:
+class Call:
     """The shapes of one call, and its launches."""
 
     def __init__(self, x, geo):
@@ -259,39 +258,27 @@ class _Call:
         return dalpha if needs[1] else None, dcells.view(cells.shape) if needs[2] else None
 
 
-def _forward(fused, x, alpha, cells, geo):
+def forward(convolve, x, alpha, cells, geo):
+    """The output [B, O, *S'].
+
+    convolve(call, source, alpha, cells, target, forward): what a backend does, with sources and targets [B, P, C].
+    """
     with torch.cuda.device_of(x):
-        call, alpha, cells = _Call(x, geo), alpha.contiguous(), cells.contiguous()
         y = x.new_empty(geo.batch, *geo.out, geo.c_out)
-        source, target = _rows(x), y.view(geo.batch, -1, geo.c_out)
-        if fused:
-            call.mix_and_convolve(source, alpha, cells, target, True)
-        else:
-            for a, b in call.pieces(x.element_size()):
-                call.convolve(source[a:b], call.assemble(alpha[a:b], cells), target[a:b], True)
+        target = y.view(geo.batch, -1, geo.c_out)
+        convolve(Call(x, geo), _rows(x), alpha.contiguous(), cells.contiguous(), target, True)
         return y.movedim(-1, 1)
 
 
-def _backward(fused, dy, x, alpha, cells, geo, needs):
-    """The kernels are mixed again."""
+def backward(convolve, dy, x, alpha, cells, geo, needs):
+    """Gradients of `forward`; the kernels are mixed again."""
     with torch.cuda.device_of(x):
-        call, alpha, cells, dy = _Call(x, geo), alpha.contiguous(), cells.contiguous(), _rows(dy)
+        call, alpha, cells, dy = Call(x, geo), alpha.contiguous(), cells.contiguous(), _rows(dy)
         dx = dalpha = dcells = None
         if needs[0]:
             dx = x.new_empty(geo.batch, *x.shape[2:], x.shape[1])
-            target = dx.view(geo.batch, -1, x.shape[1])
-            if fused:
-                call.mix_and_convolve(dy, alpha, cells, target, False)
-            else:
-                for a, b in call.pieces(x.element_size()):
-                    call.convolve(dy[a:b], call.assemble(alpha[a:b], cells), target[a:b], False)
+            convolve(call, dy, alpha, cells, dx.view(geo.batch, -1, x.shape[1]), False)
             dx = dx.movedim(-1, 1)
         if needs[1] or needs[2]:
             dalpha, dcells = call.kernel_gradients(dy, _rows(x), alpha, cells, needs)
         return dx, dalpha, dcells
-
-
-triton_forward = functools.partial(_forward, False)
-triton_backward = functools.partial(_backward, False)
-triton_fused_forward = functools.partial(_forward, True)
-triton_fused_backward = functools.partial(_backward, True)

@@ -1,6 +1,6 @@
 """C++ files beside this one, compiled when they are first needed.
 
-Needs a C++ compiler (g++ or clang++, or the one that CXX names); without one the orders in PyTorch take over.
+Needs a C++ compiler (g++ or clang++, or the one that CXX names); without one the backends in PyTorch take over.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def library(source, dtype):
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
         warnings.warn(
-            f"{source.name} could not be compiled, slower evaluation orders are used: {' '.join(reason)}", stacklevel=2
+            f"{source.name} could not be compiled, slower backends are used: {' '.join(reason)}", stacklevel=2
         )
         return None
     functions.lanes.restype = functions.parts_of_alpha.restype = ctypes.c_int64

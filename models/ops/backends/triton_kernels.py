@@ -1,10 +1,10 @@
-"""Triton kernels of the orders "triton" and "triton_fused"; `triton_orders.py` launches them.
+"""Triton kernels of the backends "triton" and "triton_fused"; `triton_calls.py` launches them.
 
 Legend: S samples (batch * groups), G groups, Go and Gi blocks of output and input channels of a group, [co, ci] a cell,
 O = Go * co and C = Gi * ci channels of a group, T taps, P positions.  Activations have their channels innermost.
 
 Offsets inside one sample fit 32 bits, those of a sample do not.  Which position a tap reads comes from a table (see
-`triton_orders.py`), so that padding, strides, dilation and the number of dimensions are no concern of the kernels.
+`triton_calls.py`), so that padding, strides, dilation and the number of dimensions are no concern of the kernels.
 """
 
 import triton

@@ -69,11 +69,7 @@ static void pack_inputs(const Call &c, const real *cells, const Tile &tile, Int 
     const real *from = cells + (j * c.c_out + k0) * c.c_in + tile.first;
     real *to = out + j * WIDTH;
     if (j + 1 < c.n) prefetch(from + c.c_out * c.c_in, depth, c.c_in, tile.width);
-    for (Int k = 0; k < depth; k++, from += c.c_in, to += tile.padded) {
-      Int l = 0;
-      for (; l + LANES <= tile.width; l += LANES) store(to + l, load(from + l));
-      for (; l < tile.padded; l++) to[l] = l < tile.width ? from[l] : 0;
-    }
+    pack_rows(from, depth, c.c_in, tile.width, to, tile.padded);
   }
 }
 
@@ -94,26 +90,15 @@ static void mix(const Call &c, const real *alpha, const real *packed, Int u0, In
   }
 }
 
-static Int *steps(Int count, Int step) {
-  Int *table = static_cast<Int *>(std::malloc(std::max<Int>(count, 1) * sizeof(Int)));
-  if (!table) std::abort();
-  for (Int i = 0; i < count; i++) table[i] = i * step;
-  return table;
-}
-
 // tables of one call, shared by its threads
 struct Rows {
-  Int *alpha, *tile, *y, *ones, *warehouse, *lines[VECTORS + 1];  // lines of a tile of so many vectors
+  std::vector<Int> alpha, tile, y, ones, warehouse, lines[VECTORS + 1];  // lines of a tile of so many vectors
   explicit Rows(const Call &c) {
     const Int rows = unit_step(c) * c.taps;
     alpha = steps(rows, c.n), tile = steps(rows, WIDTH), y = steps(c.positions, c.y_step);
     for (int v = 0; v <= VECTORS; v++) lines[v] = steps(CHUNK, v * LANES);
     ones = steps(std::max<Int>(CHUNK, c.n), 1);
     warehouse = steps(c.n, WIDTH);
-  }
-  ~Rows() {
-    for (Int *table : {alpha, tile, y, ones, warehouse}) std::free(table);
-    for (Int *table : lines) std::free(table);
   }
 };
 
@@ -137,7 +122,7 @@ static void mixed_tiles(const Call &c, const real *alpha, Int lanes, Int depths,
       pack(tile, k0, depth, packed);
       for (Int u0 = first; u0 < last; u0 += step) {
         const Int u1 = std::min(last, u0 + step);
-        mix(c, alpha, packed, u0, u1, depth * tile.padded, mixed, rows.alpha, rows.tile);
+        mix(c, alpha, packed, u0, u1, depth * tile.padded, mixed, rows.alpha.data(), rows.tile.data());
         for (Int u = u0; u < u1; u++) use(rows, tile, u, k0, depth, mixed + (u - u0) * c.taps * WIDTH);
       }
     }
@@ -145,8 +130,6 @@ static void mixed_tiles(const Call &c, const real *alpha, Int lanes, Int depths,
 }
 
 extern "C" {
-
-Int lanes() { return LANES; }
 
 // y [image][position][channel] = the convolution; all of y is written
 void forward(const Call *call, const real *x, const real *alpha, const real *cells, real *y) {
@@ -158,7 +141,7 @@ void forward(const Call *call, const real *x, const real *alpha, const real *cel
     Product p = {};
     p.a = x + c.x_at(u) + k0, p.a_rows = c.position, p.a_step = 1, p.a_groups = c.tap;
     p.b = kernels, p.b_step = tile.padded, p.b_group = WIDTH;
-    p.c = y + c.y_at(u) + tile.first, p.c_rows = rows.y;
+    p.c = y + c.y_at(u) + tile.first, p.c_rows = rows.y.data();
     p.depth = depth, p.groups = c.taps, p.add = k0 > 0 || u % c.g_in > 0;
     product(p, c.positions, tile.vectors);
   };
@@ -174,7 +157,7 @@ void input_gradient(const Call *call, const real *dy, const real *alpha, const r
   const auto use = [&](const Rows &rows, const Tile &tile, Int u, Int k0, Int depth, const real *kernels) {
     for (Int t = 0; t < c.taps; t++) {
       Product p = {};
-      p.a = dy + c.y_at(u) + k0, p.a_rows = rows.y, p.a_step = 1;
+      p.a = dy + c.y_at(u) + k0, p.a_rows = rows.y.data(), p.a_step = 1;
       p.b = kernels + t * WIDTH, p.b_step = tile.padded;
       p.c = dx + c.x_at(u) + c.tap[t] + tile.first, p.c_rows = c.position;
       p.depth = depth, p.groups = 1, p.add = true;
@@ -209,9 +192,9 @@ void kernel_gradients(const Call *call, const real *dy, const real *x, const rea
       for (Int u = u0; u < u1; u++)
         for (Int t = 0; t < c.taps; t++) {
           Product p = {};
-          p.a = dy + c.y_at(u) + k0, p.a_rows = rows.ones, p.a_step = c.y_step;
+          p.a = dy + c.y_at(u) + k0, p.a_rows = rows.ones.data(), p.a_step = c.y_step;
           p.b = x + c.x_at(u) + c.tap[t] + tile.first, p.b_rows = c.position;
-          p.c = mixed + ((u - u0) * c.taps + t) * WIDTH, p.c_rows = rows.lines[tile.vectors];
+          p.c = mixed + ((u - u0) * c.taps + t) * WIDTH, p.c_rows = rows.lines[tile.vectors].data();
           p.depth = c.positions, p.groups = 1;
           product(p, depth, tile.vectors);
         }
@@ -220,8 +203,8 @@ void kernel_gradients(const Call *call, const real *dy, const real *x, const rea
                  false);
       if (dcells) {
         Product p = {};
-        p.a = alpha + u0 * c.taps * c.n, p.a_rows = rows.ones, p.a_step = c.n;
-        p.b_step = WIDTH, p.c_rows = rows.warehouse;
+        p.a = alpha + u0 * c.taps * c.n, p.a_rows = rows.ones.data(), p.a_step = c.n;
+        p.b_step = WIDTH, p.c_rows = rows.warehouse.data();
         p.depth = count, p.groups = 1, p.add = u0 > 0;
         for (Int e = 0; e < block; e += TILE) {
           p.b = mixed + e, p.c = sums + e;

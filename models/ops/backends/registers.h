@@ -1,4 +1,4 @@
-// What fused.cpp does in registers: products of tiles, transpositions; and the memory that it works in.
+// What all compiled backends do in registers: products of tiles, copies, transpositions; and the memory that they work in.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -30,6 +31,15 @@ typedef real vec __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_a
 
 static inline vec load(const real *p) { return *reinterpret_cast<const vec *>(p); }
 static inline void store(real *p, vec v) { *reinterpret_cast<vec *>(p) = v; }
+
+extern "C" Int lanes() { return LANES; }
+
+// where rows lie that are `step` apart
+static std::vector<Int> steps(Int count, Int step) {
+  std::vector<Int> table(count);
+  for (Int i = 0; i < count; i++) table[i] = i * step;
+  return table;
+}
 
 // --- the product ----------------------------------------------------------------------------------------------------
 
@@ -144,6 +154,16 @@ static void all_dots(const real *a, Int a_step, Int rows, const real *b, Int b_s
 static void prefetch(const real *from, Int rows, Int step, Int length) {
   for (Int r = 0; r < rows; r++)
     for (Int e = 0; e < length; e += 64 / Int(sizeof(real))) __builtin_prefetch(from + r * step + e, 0, 2);
+}
+
+// rows of a matrix, as far as they are there, side by side and filled up with 0
+static void pack_rows(const real *from, Int rows, Int step, Int count, real *to, Int to_step) {
+  for (Int r = 0; r < rows; r++, from += step, to += to_step) {
+    if (r + 1 < rows) prefetch(from + step, 1, 0, count);
+    Int e = 0;
+    for (; e + LANES <= count; e += LANES) store(to + e, load(from + e));
+    for (; e < to_step; e++) to[e] = e < count ? from[e] : 0;
+  }
 }
 
 typedef std::conditional<sizeof(real) == 4, int32_t, int64_t>::type lane;

@@ -1,8 +1,6 @@
 // Products of attentions and a warehouse: kernels[row][e] = sum_j alpha[row][j] cells[j][e], and their gradients.
 #pragma once
 
-#include <vector>
-
 #include "registers.h"
 
 struct Mixture {
@@ -17,22 +15,6 @@ constexpr Int COLUMNS = 8 * TILE;
 constexpr Int SUMMED_NUMBERS = (640 << 10) / Int(sizeof(real)), SUMMED_COLUMNS = 64 * TILE;
 
 static thread_local Buffer mixing[3];
-
-static const Int *numbers(Int count, Int step, std::vector<Int> &table) {
-  table.resize(count);
-  for (Int i = 0; i < count; i++) table[i] = i * step;
-  return table.data();
-}
-
-// rows of a matrix, as far as they are there, side by side and filled up with 0
-static void pack_rows(const real *from, Int rows, Int step, Int count, real *to, Int to_step) {
-  for (Int r = 0; r < rows; r++, from += step, to += to_step) {
-    if (r + 1 < rows) prefetch(from + step, 1, 0, count);
-    Int e = 0;
-    for (; e + LANES <= count; e += LANES) store(to + e, load(from + e));
-    for (; e < to_step; e++) to[e] = e < count ? from[e] : 0;
-  }
-}
 
 static Int whole(Int count) { return (count + LANES - 1) / LANES * LANES; }
 
@@ -76,8 +58,7 @@ static void columns_product(Product p, Int rows, Int count, real *spare) {
 }
 
 static void mix(const Mixture &m, const real *alpha, const real *cells, real *kernels) {
-  std::vector<Int> tables[2];
-  const Int *a_rows = numbers(m.rows, m.n, tables[0]), *c_rows = numbers(m.rows, m.width, tables[1]);
+  const std::vector<Int> a_rows = steps(m.rows, m.n), c_rows = steps(m.rows, m.width);
   const Int parts = (m.width + COLUMNS - 1) / COLUMNS;
 #pragma omp parallel for schedule(static) num_threads(m.threads)
   for (Int part = 0; part < parts; part++) {
@@ -85,9 +66,9 @@ static void mix(const Mixture &m, const real *alpha, const real *cells, real *ke
     real *packed = mixing[0].get(m.n * step);
     pack_rows(cells + first, m.n, m.width, count, packed, step);
     Product p = {};
-    p.a = alpha, p.a_rows = a_rows, p.a_step = 1;
+    p.a = alpha, p.a_rows = a_rows.data(), p.a_step = 1;
     p.b = packed, p.b_step = step;
-    p.c = kernels + first, p.c_rows = c_rows;
+    p.c = kernels + first, p.c_rows = c_rows.data();
     p.depth = m.n, p.groups = 1;
     columns_product(p, m.rows, count, mixing[1].get(ROWS * TILE));
   }
@@ -98,8 +79,7 @@ static Int unmix_parts(const Mixture &m) { return std::max<Int>(1, std::min<Int>
 
 static void unmix(const Mixture &m, const real *dkernels, const real *alpha, const real *cells, real *dalpha,
                   real *dcells) {
-  std::vector<Int> tables[2];
-  const Int *a_rows = numbers(m.n, 1, tables[0]), *c_rows = numbers(m.n, m.width, tables[1]);
+  const std::vector<Int> a_rows = steps(m.n, 1), c_rows = steps(m.n, m.width);
   const Int parts = unmix_parts(m), size = m.rows * m.n;
   const Int columns = std::max(COLUMNS, std::min(SUMMED_COLUMNS, SUMMED_NUMBERS / (m.n + m.rows) / TILE * TILE));
   if (dcells) expect_writes(dcells, m.n * m.width);
@@ -118,9 +98,9 @@ static void unmix(const Mixture &m, const real *dkernels, const real *alpha, con
       }
       if (dcells) {
         Product p = {};
-        p.a = alpha, p.a_rows = a_rows, p.a_step = m.n;
+        p.a = alpha, p.a_rows = a_rows.data(), p.a_step = m.n;
         p.b = gradients, p.b_step = step;
-        p.c = dcells + first, p.c_rows = c_rows;
+        p.c = dcells + first, p.c_rows = c_rows.data();
         p.depth = m.rows, p.groups = 1;
         columns_product(p, m.n, count, mixing[1].get(ROWS * TILE));
       }

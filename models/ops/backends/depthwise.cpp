@@ -206,8 +206,6 @@ static void all_channels(const Call &c, const Plane &plane, Use use) {
 
 extern "C" {
 
-Int lanes() { return LANES; }
-
 // y = the convolution; the outputs of a channel follow each other; kernels is memory to work in
 void forward(const Call *call, const real *x, const real *alpha, const real *cells, real *kernels, real *y) {
   const Call &c = *call;

@@ -1,20 +1,22 @@
-"""The evaluation orders of the mixture convolution that mix no kernels but what these read or write, in plain PyTorch.
+"""The backend "mixed": the inputs are mixed first and multiplied by the cells once for all samples, in plain PyTorch.
 
 x [B, C, *S], alpha [B, m, n], cells [n, co, ci, *k]; letters as in `geometry.py`.
 """
 
 import torch
 
-from .dead_taps import convolution_backward
-from .geometry import empty_like_layout, full_alpha, live_alpha, patches, unpatches
-from .orders import LOW_PRECISION, convolution, fold, fold_alpha, output_blocks, unfold_alpha
-from .scratch import scratch
+from ..geometry import empty_like_layout, full_alpha, live_alpha, patches, unpatches
+from ..products import LOW_PRECISION, fold, fold_alpha, output_blocks, unfold_alpha
+from ..scratch import scratch
 
+CASTS_CELLS = False
 # numbers of a cell from which on a copy of the warehouse costs more than one product per cell
 LARGE_CELL = 64 * 64
 
 
-# --- the inputs first -------------------------------------------------------------------------------------------------
+def available(geo, dtype, device):
+    """Whether the backend can evaluate a call."""
+    return geo.foldable
 
 
 def _mixed_inputs(x, alpha, geo):
@@ -32,7 +34,7 @@ def _one_product(cells, geo):
     return geo.cell[0] * geo.q < LARGE_CELL or cells.dtype in LOW_PRECISION
 
 
-def mixed_forward(x, alpha, cells, geo):
+def forward(x, alpha, cells, geo):
     """Mix the patches of every sample first, then multiply by the cells once for the whole batch."""
     x, alpha = fold(x, geo), fold_alpha(live_alpha(alpha, geo), geo)
     c_out = geo.cell[0]
@@ -50,8 +52,8 @@ def mixed_forward(x, alpha, cells, geo):
     return out if geo.groups == 1 else out.reshape(geo.batch, geo.c_out, *geo.out)
 
 
-def mixed_backward(dy, x, alpha, cells, geo, needs):
-    """Gradients of `mixed_forward`; the mixed inputs are computed again."""
+def backward(dy, x, alpha, cells, geo, needs):
+    """Gradients of `forward`; the mixed inputs are computed again."""
     x_shape = x.shape
     x, alpha = fold(x, geo), fold_alpha(live_alpha(alpha, geo), geo)
     batch, g_out, c_out = x.shape[0], alpha.shape[2], geo.cell[0]
@@ -83,48 +85,4 @@ def mixed_backward(dy, x, alpha, cells, geo, needs):
         if needs[1]:
             dalpha = torch.bmm(dz, cols.transpose(1, 2)).view(batch, g_out, geo.n, geo.taps, geo.g_in)
             dalpha = full_alpha(unfold_alpha(dalpha.permute(0, 3, 1, 4, 2), geo), geo)
-    return dx, dalpha, dcells
-
-
-# --- the outputs ------------------------------------------------------------------------------------------------------
-
-
-def outputs_available(geo):
-    """Whether the cells of a mixture see the same inputs: cells as wide as the kernel, over all input channels."""
-    return geo.foldable and geo.taps == 1 and geo.g_in == 1
-
-
-def _cell_kernels(cells, geo):
-    """The kernel of a static convolution by all cells."""
-    return cells.reshape(geo.n * geo.cell[0], geo.cell[1], *geo.kernel)
-
-
-def outputs_forward(x, alpha, cells, geo):
-    """Convolve by every cell once for all samples, then mix the outputs; for one cell, a static convolution scaled."""
-    weights = fold_alpha(live_alpha(alpha, geo), geo).flatten(1, 3)  # [B, Go, n]
-    source, arguments, _ = convolution(fold(x, geo), geo)
-    z = torch.ops.aten.convolution(source, _cell_kernels(cells, geo), None, *arguments, 1)
-    z = z.reshape(len(weights), geo.n, -1)
-    y = weights * z if geo.n == 1 else torch.bmm(weights, z)
-    return y.reshape(geo.batch, geo.c_out, *geo.out)
-
-
-def outputs_backward(dy, x, alpha, cells, geo, needs):
-    """Gradients of `outputs_forward`; the outputs of the cells are computed again where alpha needs them."""
-    live, folded, kernel = fold_alpha(live_alpha(alpha, geo), geo), fold(x, geo), _cell_kernels(cells, geo)
-    weights, dy = live.flatten(1, 3), dy.reshape(len(live), live.shape[2], -1)
-    source, arguments, _ = convolution(folded, geo)
-    dx = dalpha = dcells = None
-    if needs[1]:
-        z = torch.ops.aten.convolution(source, kernel, None, *arguments, 1).reshape(len(live), geo.n, -1)
-        dalpha = full_alpha(unfold_alpha(torch.bmm(dy, z.transpose(1, 2)).view(live.shape), geo), geo)
-    if needs[0] or needs[2]:
-        dz = torch.bmm(weights.transpose(1, 2), dy).view(len(live), -1, *geo.out)
-        dx, dcells = convolution_backward(dz, source, kernel, arguments, 1, [needs[0], needs[2]])
-    if needs[0]:
-        if source is not folded:
-            dx = torch.nn.functional.pad(dx, [-side for sides in reversed(geo.pads) for side in sides])
-        dx = dx.reshape(x.shape)
-    if needs[2]:
-        dcells = dcells.view(cells.shape)
     return dx, dalpha, dcells

@@ -1,4 +1,4 @@
-"""The order "depthwise" of the mixture convolution on the CPU, compiled from `depthwise.cpp`.
+"""The backend "depthwise" of the mixture convolution on the CPU, compiled from `depthwise.cpp`.
 
 For convolutions whose every group has one input channel: each channel of a sample is convolved by itself.
 """
@@ -9,15 +9,16 @@ import math
 
 import torch
 
+from ..geometry import empty_like_layout, full_alpha, is_channels_last, live_alpha
+from ..scratch import scratch
 from .compiled import TYPES, compiles, library, run
-from .geometry import empty_like_layout, full_alpha, is_channels_last, live_alpha
-from .scratch import scratch
 
+CASTS_CELLS = True
 SOURCE = "depthwise.cpp"
 
 
-def depthwise_available(geo, dtype, device):
-    """Whether the order can evaluate a call."""
+def available(geo, dtype, device):
+    """Whether the backend can evaluate a call."""
     return geo.c_in == 1 and len(geo.kernel) <= 2 and compiles(SOURCE, dtype, device)
 
 
@@ -82,7 +83,7 @@ def _kernels(slot, geo, like):
     return scratch(slot, (geo.batch, geo.taps, geo.g_out, *geo.cell), like)
 
 
-def depthwise_forward(x, alpha, cells, geo):
+def forward(x, alpha, cells, geo):
     """Convolve every channel of every sample with its own small kernel."""
     last = _last(x, geo)
     source = _dense(x, last)
@@ -92,8 +93,8 @@ def depthwise_forward(x, alpha, cells, geo):
     return y.to(x.dtype)
 
 
-def depthwise_backward(dy, x, alpha, cells, geo, needs):
-    """Gradients of `depthwise_forward`; the kernels are mixed again."""
+def backward(dy, x, alpha, cells, geo, needs):
+    """Gradients of `forward`; the kernels are mixed again."""
     last = _last(x, geo)
     source, dy = _dense(x, last), _dense(dy, last)
     rows, cells = _rows(alpha, geo), cells.to(source.dtype).contiguous()

@@ -1,0 +1,153 @@
+"""The backend "batched": kernels are assembled in the layout of the cells, for batched matrix products.
+
+x [B, C, *S], alpha [B, m, n], cells [n, co, ci, *k]; letters as in `geometry.py`.
+"""
+
+import torch
+
+from ..geometry import (
+    SMALL_MAP,
+    empty_like_layout,
+    full_alpha,
+    is_channels_last,
+    live_alpha,
+    patches,
+    patches_are_copies,
+    unpatches,
+)
+from ..products import LOW_PRECISION, chunks, fold, fold_alpha, mix, output_blocks, unfold_alpha, unmix, wide_like
+from ..scratch import scratch
+
+CASTS_CELLS = False
+# assembled kernels and patches are made in pieces of this many bytes, in memory that is handed on; smaller ones fit the
+# cache, but every piece is a call per tap, and calls wait for all threads
+KERNEL_BYTES = 32 << 20
+PATCH_BYTES = 16 << 20
+
+
+def available(geo, dtype, device):
+    """Whether the backend can evaluate a call."""
+    return geo.foldable
+
+
+def _pieces(x, alpha, geo):
+    """Ranges of samples whose patches, and of output channels of a cell whose kernels, are made at a time."""
+    width = geo.taps * geo.g_in * geo.q * x.element_size()
+    samples = chunks(x.shape[0], width * geo.positions if patches_are_copies(geo) else 0, PATCH_BYTES)
+    return samples, chunks(geo.cell[0], (samples[0][1] - samples[0][0]) * alpha.shape[2] * width, KERNEL_BYTES)
+
+
+def _rows(alpha):
+    """alpha [B, T, Go, Gi, n] -> [(T Gi B Go), n]: the order in which the cells' own layout needs no permutation."""
+    return alpha.permute(1, 3, 0, 2, 4).reshape(-1, alpha.shape[-1])
+
+
+def _position_rows(x, geo):
+    """Whether products have positions as rows and channels as columns: where memory has, and at small maps."""
+    return is_channels_last(x) or geo.positions <= SMALL_MAP
+
+
+def forward(x, alpha, cells, geo):
+    """Assemble kernels in the layout of the cells; one batched product per tap and block of input channels."""
+    x, alpha = fold(x, geo), fold_alpha(live_alpha(alpha, geo), geo)
+    g_out, (c_out, q) = alpha.shape[2], (geo.cell[0], geo.q)
+    flat = cells.reshape(geo.n, c_out, q)
+    taps, positions = geo.taps * geo.g_in, geo.positions
+    low, by_rows = x.dtype in LOW_PRECISION, _position_rows(x, geo)
+
+    y = empty_like_layout(x, g_out * c_out, geo.out)
+    blocks = output_blocks(y, g_out, c_out)
+    samples, tiles = _pieces(x, alpha, geo)
+    # the product has the output's own layout
+    direct = len(tiles) == 1 and by_rows == is_channels_last(y)
+    for b0, b1 in samples:
+        b = b1 - b0
+        cols = patches(x[b0:b1], geo, "kbpq" if by_rows else "kbqp")
+        rows = _rows(alpha[b0:b1])
+        for t0, t1 in tiles:
+            size = g_out * (t1 - t0)
+            kernels = scratch("kernels", (taps, b, size, q), x)
+            mix(rows, flat[:, t0:t1].reshape(geo.n, -1), kernels.view(rows.shape[0], -1))
+            if low and taps > 1:
+                # one product, since a sum over products would be rounded once per tap
+                kernels = kernels.permute(1, 2, 0, 3).reshape(1, b, size, taps * q)
+                wide = cols.permute(1, 2, 0, 3) if by_rows else cols.transpose(0, 1)
+                cols_t = wide.reshape(1, b, *((positions, -1) if by_rows else (-1, positions)))
+            else:
+                cols_t = cols
+            pairs = [
+                (column, kernel.transpose(1, 2)) if by_rows else (kernel, column)
+                for column, kernel in zip(cols_t, kernels, strict=True)
+            ]
+            if direct:
+                part = y[b0:b1].flatten(2).transpose(1, 2) if by_rows else y[b0:b1].flatten(2)
+                torch.bmm(*pairs[0], out=part)
+            else:
+                part = torch.bmm(*pairs[0])
+            for pair in pairs[1:]:
+                part.baddbmm_(*pair)
+            if not direct:
+                part = part.transpose(1, 2) if by_rows else part
+                blocks[b0:b1, :, t0:t1] = part.reshape(b, g_out, t1 - t0, positions)
+    return y if geo.groups == 1 else y.reshape(geo.batch, geo.c_out, *geo.out)
+
+
+def backward(dy, x, alpha, cells, geo, needs):
+    """Gradients of `forward`; the kernels are assembled again, a tile at a time."""
+    x_shape, by_rows = x.shape, _position_rows(x, geo)
+    x, alpha = fold(x, geo), fold_alpha(live_alpha(alpha, geo), geo)
+    batch, g_out, (c_out, q) = x.shape[0], alpha.shape[2], (geo.cell[0], geo.q)
+    flat = cells.reshape(geo.n, c_out, q)
+    taps, positions = geo.taps * geo.g_in, geo.positions
+    layout = "kbpq" if by_rows else "kbqp"
+    low = x.dtype in LOW_PRECISION
+    sums = wide_like(x)
+
+    dy = dy.reshape(batch, g_out, c_out, positions)
+    dx = []
+    dalpha = alpha.new_empty(alpha.shape) if needs[1] else None
+    dcells = sums.new_empty(geo.n, c_out * q) if needs[2] else None
+    samples, tiles = _pieces(x, alpha, geo)
+    for b0, b1 in samples:
+        b = b1 - b0
+        rows = _rows(alpha[b0:b1])
+        if needs[1] or needs[2]:
+            cols = patches(x[b0:b1], geo, layout)
+            if not by_rows:
+                cols = cols.transpose(2, 3)
+        dcols, drows = None, sums.new_zeros(geo.n, rows.shape[0]) if needs[1] else None
+        for t0, t1 in tiles:
+            size = t1 - t0
+            tile = flat[:, t0:t1].reshape(geo.n, -1)
+            dpart = dy[b0:b1, :, t0:t1].reshape(b, g_out * size, positions)
+            if needs[0]:
+                kernels = scratch("kernels", (taps, b, g_out * size, q), x)
+                mix(rows, tile, kernels.view(rows.shape[0], -1))
+                first = dcols is None
+                if first:
+                    shape = (taps, b, positions, q) if by_rows else (taps, b, q, positions)
+                    dcols = scratch("patch gradients", shape, sums)
+                for k in range(taps):
+                    pair = (dpart.transpose(1, 2), kernels[k]) if by_rows else (kernels[k].transpose(1, 2), dpart)
+                    if not low:
+                        dcols[k].baddbmm_(*pair, beta=0 if first else 1)
+                    elif first:
+                        dcols[k] = torch.bmm(*pair)
+                    else:
+                        dcols[k] += torch.bmm(*pair)
+            if needs[1] or needs[2]:
+                dkernels = scratch("kernel gradients", (taps, b, g_out * size, q), x)
+                for k in range(taps):
+                    torch.bmm(dpart, cols[k], out=dkernels[k])
+                target = dcells[:, t0 * q : t1 * q] if needs[2] else None
+                unmix(dkernels.view(-1, size * q), rows, tile, drows, target, b0 == 0)
+        if needs[0]:
+            dx.append(unpatches(dcols, geo, layout, (b, *x.shape[1:])))
+        if needs[1]:
+            dalpha[b0:b1] = drows.t().reshape(geo.taps, geo.g_in, b, g_out, geo.n).permute(2, 0, 3, 1, 4)
+    dx = (dx[0] if len(dx) == 1 else torch.cat(dx)).reshape(x_shape).to(x.dtype) if needs[0] else None
+    if needs[1]:
+        dalpha = full_alpha(unfold_alpha(dalpha, geo), geo)
+    if needs[2]:
+        dcells = dcells.view(cells.shape).to(cells.dtype)
+    return dx, dalpha, dcells
