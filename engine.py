@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from loading.images import UnreadableImage
 from models import set_temperature, temperature_range
 from models.ops.dead_taps import WrittenGradients
-from utils import Progress, UnreadableImage, log, reduce_sum
+from utils import Progress, log, reduce_sum
 
 
 class NonFiniteLoss(RuntimeError):

@@ -11,7 +11,8 @@ import os
 import sys
 import time
 
-from models.config import ConfigError, parse_command_line
+from command_line import parse_command_line
+from models.config import ConfigError
 from models.threads import wait_briefly
 
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch.distributed as dist
 
     from engine import NonFiniteLoss
-    from utils import UnreadableImage
+    from loading.images import UnreadableImage
 
     try:
         run(args, given)

@@ -1,12 +1,11 @@
 """Parameter groups, optimizers, and the schedules of the learning rate and the weight decay."""
 
 import math
-from collections import Counter
 
 import torch
 from timm.models._manipulate import group_with_matcher
 
-from models import warehouse_layers
+from models import warehouse_layers, warehouse_stages
 from models.config import ConfigError
 
 
@@ -59,9 +58,7 @@ def _stage_scales(model: torch.nn.Module, layer_decay: float) -> dict[str, float
     names = [name for name, _ in model.named_parameters() if name not in users]
     names = dict.fromkeys(names + list(stand_ins.values()))
     stages = group_with_matcher([(name, name) for name in names], model.group_matcher(coarse=True), reverse=True)
-    for warehouse, layers in users.items():
-        counts = Counter(stages[stand_ins[layer]] for layer in layers)
-        stages[warehouse] = max(counts, key=lambda stage: (counts[stage], stage))
+    stages |= warehouse_stages(model, lambda layer: stages[stand_ins[layer]])
     # a kernel representation starts at the image, beside the stem
     for name in stages:
         if name.startswith("kernel_representation."):

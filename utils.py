@@ -17,15 +17,6 @@ import torch.distributed as dist
 
 from models.config import ConfigError
 
-
-class UnreadableImage(RuntimeError):
-    """An image that cannot be decoded; the message names its file."""
-
-    def __init__(self, message: str):
-        # a loader process hands the message on with its traceback before it
-        super().__init__(message.rsplit("UnreadableImage: ", 1)[-1].strip())
-
-
 # ---------------------------------------------------------------------------------------------------- processes
 
 GPU_BACKEND = "nccl"

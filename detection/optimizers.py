@@ -5,7 +5,7 @@ import re
 from mmdet.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.optim import DefaultOptimWrapperConstructor
 
-from models import warehouse_layers
+from models import warehouse_stages
 from models.config import ConfigError
 
 # of the backbone; whatever is not in it learns at the full rate
@@ -27,9 +27,9 @@ def group_of(layer):
 class LayerDecay(DefaultOptimWrapperConstructor):
     """A group k steps before the head learns decay_rate^k as fast; biases, norms and other 1-d parameters do not decay.
 
-    paramwise_cfg: dict(decay_rate=...).  A warehouse is of the group of the last layer that uses it.  As the released
-    code of KernelWarehouse does: warehouses_at_full_rate=True takes them out of the groups, decay_layer_scale=True lets
-    layer scales decay.
+    paramwise_cfg: dict(decay_rate=...).  A warehouse is of the group of most of its layers.  As the released code of
+    KernelWarehouse does: warehouses_at_full_rate=True takes them out of the groups, decay_layer_scale=True lets layer
+    scales decay.
     """
 
     def add_params(self, params, module, **kwargs):
@@ -40,15 +40,15 @@ class LayerDecay(DefaultOptimWrapperConstructor):
                 "warehouses_at_full_rate and decay_layer_scale"
             )
         rate, prefix = settings["decay_rate"], "backbone.model."
-        users = warehouse_layers(module.backbone.model)
+        warehouses = warehouse_stages(module.backbone.model, group_of)
         groups = {}
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
             own = name.removeprefix(prefix)
             step = GROUPS + 1
-            if name.startswith(prefix) and not (own in users and settings["warehouses_at_full_rate"]):
-                step = max(group_of(layer) for layer in users.get(own, [own]))
+            if name.startswith(prefix) and not (own in warehouses and settings["warehouses_at_full_rate"]):
+                step = warehouses[own] if own in warehouses else group_of(own)
             scale = rate ** (GROUPS + 1 - step)
             plain = parameter.ndim == 1 or name.endswith(".bias")
             plain = plain and not (settings["decay_layer_scale"] and name.endswith(".gamma"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, DictAction
 
-from detection.datasets import check_data
+from detection.check_data import check_data
 from models.config import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,15 +1,13 @@
-"""Reads configs and the command line, and checks them against the table of options.
+"""Reads configs, and checks them against the table of options.
 
 A mistake is refused before any data or device is touched.
 """
 
-import argparse
 import difflib
 import json
 import math
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +20,6 @@ OWN_RECIPES = Path(__file__).resolve().parent.parent / "configs" / "recipes"
 
 class ConfigError(ValueError):
     """A mistake of the user. The message is one line that names the mistake and, where there is one, its remedy."""
-
-
-_WORDS_OF_BOOL = {
-    "true": True,
-    "yes": True,
-    "on": True,
-    "1": True,
-    "false": False,
-    "no": False,
-    "off": False,
-    "0": False,
-}
 
 
 def read_config(config: str | os.PathLike | dict, overrides: dict | None = None) -> dict[str, Any]:
@@ -50,35 +36,12 @@ def read_config(config: str | os.PathLike | dict, overrides: dict | None = None)
     Raises:
         ConfigError: names the file, the key and the nearest known key.
     """
-    settings = _merge(config, _check_keys(overrides or {}, all_options(), "config"))
+    settings = merge(config, _check_keys(overrides or {}, all_options(), "config"))
     settings.pop("recipe", None)
     return settings
 
 
-def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Merge the command line, the config that it names, the recipe, and the defaults, in this order of precedence.
-
-    Args:
-        argv: arguments; None: those of the process.
-
-    Returns:
-        All options as a namespace, and a dict of those that the command line, the config or the recipe gave.
-
-    Raises:
-        ConfigError: for any mistake in them.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    given_text, unknown = _make_parser().parse_known_args([_underscored(word) for word in argv])
-    if unknown:
-        raise ConfigError(_unknown_argument(unknown[0]))
-    command_line = {name: _from_text(name, text) for name, text in vars(given_text).items()}
-    path = command_line.get("kw_config")
-    given = _merge({} if path is None else path, command_line)
-    defaults = {name: option.default for name, option in all_options().items()}
-    return argparse.Namespace(**{**defaults, **given}), given
-
-
-def _merge(config: str | os.PathLike | dict, overrides: dict[str, Any]) -> dict[str, Any]:
+def merge(config: str | os.PathLike | dict, overrides: dict[str, Any]) -> dict[str, Any]:
     """`overrides`, which are checked already, over the config over its recipe; the name of the recipe stays in it."""
     path = None if isinstance(config, dict) else config
     content, name = (config, "config") if path is None else (_load_json(path), str(path))
@@ -114,70 +77,10 @@ def _read_recipe(name: str, path: str | os.PathLike | None, where: str) -> dict[
     return settings
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ConfigError(message)
-
-
-def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        description="Train or evaluate a model.", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        epilog="Dashes may stand for underscores, and a bare flag for true.",
-    )  # fmt: skip
-    groups: dict[str, Any] = {}
-    for name, option in all_options().items():
-        if option.type is dict:
-            continue
-        group = groups.setdefault(option.group, parser.add_argument_group(option.group))
-        nargs = "?" if option.type is bool and option.nargs is None else "*" if option.type is bool else option.nargs
-        const = {"const": "true"} if nargs == "?" else {}
-        default = "" if option.default in (None, "") else f" (default: {option.default})"
-        metavar = option.type.__name__.upper()
-        group.add_argument(f"--{name}", nargs=nargs, metavar=metavar, help=option.help + default, **const)
-    return parser
-
-
-def _underscored(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value
-
-
-def _unknown_argument(argument: str) -> str:
-    if not argument.startswith("-"):
-        return f'unexpected argument "{argument}"; options begin with --'
-    name = argument.lstrip("-").split("=")[0].replace("-", "_")
-    if name in all_options():
-        return f"--{name} can be set in a config file only"
-    return f'unknown option "{argument.split("=")[0]}"{_nearest(name, all_options(), "--")}'
-
-
-def _nearest(name: str, known, prefix: str = "") -> str:
+def nearest(name: str, known, prefix: str = "") -> str:
+    """The end of a message about an unknown name: the known one that is most like it, if there is one."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f'; did you mean "{prefix}{match[0]}"?' if match else "; see main.py --help for the known ones"
-
-
-def _from_text(name: str, text: str | list[str]) -> Any:
-    """Turn the words of the command line into a value, and check it."""
-    option = all_options()[name]
-    words = text if isinstance(text, list) else [text]
-    if option.type is bool and not words:
-        words = ["true"]
-    values = [_parse_word(word, option) for word in words]
-    one = option.nargs is None or (option.nargs == "+" and len(values) == 1) or values == [None]
-    return _check_value(option, values[0] if one else values, f"--{name}")
-
-
-def _parse_word(word: str, option: Option) -> Any:
-    if option.accepts_null() and word.lower() in ("none", "null"):
-        return None
-    if option.type is bool:
-        return _WORDS_OF_BOOL.get(word.lower(), word)
-    try:
-        return option.type(word)
-    except ValueError:
-        return word
 
 
 def _load_json(path: str | os.PathLike) -> dict:
@@ -227,14 +130,14 @@ def _check_keys(content: dict, known: dict[str, Option], where: str) -> dict[str
             continue
         name = key.replace("-", "_") if isinstance(key, str) else key
         if name not in known:
-            raise ConfigError(f'{where}: unknown key "{key}"{_nearest(str(name), known)}')
+            raise ConfigError(f'{where}: unknown key "{key}"{nearest(str(name), known)}')
         if name in settings:
             raise ConfigError(f'{where}: key "{name}" is given twice, once with dashes')
-        settings[name] = _check_value(known[name], value, f'{where}: "{key}"')
+        settings[name] = check_value(known[name], value, f'{where}: "{key}"')
     return settings
 
 
-def _check_value(option: Option, value: Any, where: str) -> Any:
+def check_value(option: Option, value: Any, where: str) -> Any:
     """Return `value` as its option's type, or raise ConfigError."""
     if value is None and option.accepts_null():
         return None
@@ -265,9 +168,9 @@ def _check_scalar(option: Option, value: Any, where: str) -> Any:
         matched = bool(option.pattern) and re.fullmatch(option.pattern, value) is not None
         fits = "\0" not in value and (chosen or matched or not (option.choices or option.pattern))
     if not fits:
-        nearest = _nearest(value, option.choices) if isinstance(value, str) and option.choices else ""
-        nearest = nearest if "did you mean" in nearest else ""
-        raise ConfigError(f"{where} must be {option.expected()}; got {_shown(value)}{nearest}")
+        close = nearest(value, option.choices) if isinstance(value, str) and option.choices else ""
+        close = close if "did you mean" in close else ""
+        raise ConfigError(f"{where} must be {option.expected()}; got {_shown(value)}{close}")
     return float(value) if option.type is float else value
 
 

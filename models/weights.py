@@ -67,13 +67,3 @@ def load_weights(model, checkpoint, model_key="model|module", without=()):
         raise ValueError(f"{name} is of another model: {'; '.join(parts)}. Use the config that it was trained with")
     model.load_state_dict(state)
     return model
-
-
-def warehouse_layers(model):
-    """Parameter name of every warehouse -> the names of the layers that take cells from it."""
-    names = {id(warehouse): name for name, warehouse in getattr(model, "warehouses", {}).items()}
-    users = {f"warehouses.{name}.cells": [] for name in names.values()}
-    for layer, module in model.named_modules():
-        if id(getattr(module, "_warehouse", None)) in names:
-            users[f"warehouses.{names[id(module._warehouse)]}.cells"].append(layer)
-    return users

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from command_line import parse_command_line
 from datasets import cores, make_loaders
 from measure import device_name, seconds
 from models import ConfigError, build_model
-from models.config import parse_command_line
 from models.options import MODEL_KEYS
 from utils import Process
 

@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models.config import parse_command_line
+from command_line import parse_command_line
 from models.options import MODEL_KEYS
 
 FIELDS = (

@@ -10,12 +10,10 @@ import sys
 import pytest
 from helpers import ROOT
 
+from measure import OPERATORS, Case
 from models.ops.backends.compiled import compiler
 from models.ops.control import backend_forced
 from models.ops.cost import CPU
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from measure import OPERATORS, Case
 
 SMALL = ("--kw_config", "configs/mobilenetv2_050/kw1x_mobilenetv2_050.json", "--batch_size", "2", "--input_size", "32")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from models.config import ConfigError, parse_command_line, read_config
+from command_line import parse_command_line
+from models.config import ConfigError, read_config
 from models.options import MODEL_KEYS, OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from command_line import parse_command_line
 from models import build_model
-from models.config import parse_command_line, read_config
+from models.config import read_config
 from models.options import MODEL_KEYS, OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,20 +13,12 @@ from timm.data.auto_augment import rand_augment_transform
 from torch.utils.data import DataLoader, get_worker_info
 from torchvision import transforms
 
-import datasets
 import main
-from datasets import (
-    CIFARData,
-    EvalSampler,
-    Loaders,
-    SeededData,
-    StreamData,
-    TrainSampler,
-    UnreadableImage,
-    make_data,
-    make_transform,
-    read_image,
-)
+from datasets import Loaders, make_data, make_loaders
+from loading.images import CIFARData, UnreadableImage, read_image
+from loading.readers import StreamData
+from loading.sampling import EvalSampler, SeededData, TrainSampler
+from loading.transforms import make_transform
 from models.config import ConfigError, read_config
 from models.options import OPTIONS
 from utils import Process
@@ -203,27 +195,27 @@ def test_folder_errors_name_the_folder(tmp_path):
     (root / "val" / "cat").rename(root / "val" / "dog")
     args = options(data_path=str(root), input_size=32, batch_size=2, num_workers=0)
     with pytest.raises(ConfigError, match="cat, dog"):
-        datasets.make_loaders(args, {}, process())
+        make_loaders(args, {}, process())
 
 
 def test_classes_come_from_the_data(tmp_path):
     root = make_image_folder(tmp_path, train=6, val=3)
     args = options(data_path=str(root), input_size=32, batch_size=2, num_workers=0)
-    assert datasets.make_loaders(args, {}, process()).nb_classes == 3
+    assert make_loaders(args, {}, process()).nb_classes == 3
     with pytest.raises(ConfigError, match=r"1000.*3 classes"):
-        datasets.make_loaders(args, {"nb_classes": 1000}, process())
+        make_loaders(args, {"nb_classes": 1000}, process())
     with pytest.raises(ConfigError, match="too few"):
-        datasets.make_loaders(options(data_path=str(root), input_size=32, batch_size=4), {}, process(0, 2))
+        make_loaders(options(data_path=str(root), input_size=32, batch_size=4), {}, process(0, 2))
 
 
 def test_image_folder_data_set(tmp_path):
     root = make_image_folder(tmp_path, train=6, val=5)
     names = {"data_set": "image_folder", "data_path": str(root / "train"), "eval_data_path": str(root / "val")}
     args = options(**names, input_size=32, batch_size=2, num_workers=0)
-    loaders = datasets.make_loaders(args, {}, process())
+    loaders = make_loaders(args, {}, process())
     assert (len(loaders.train.dataset), len(loaders.evaluation.dataset), loaders.nb_classes) == (6, 5, 3)
     with pytest.raises(ConfigError, match="eval_data_path"):
-        datasets.make_loaders(options(data_set="image_folder", data_path=str(root / "train")), {}, process())
+        make_loaders(options(data_set="image_folder", data_path=str(root / "train")), {}, process())
 
 
 CIFARS = pytest.mark.parametrize("name, classes", [("CIFAR", 100), ("CIFAR100", 100), ("CIFAR10", 10)])
@@ -235,7 +227,7 @@ def test_cifar_is_read_from_its_binary_version(tmp_path, name, classes, inside):
     drawn = make_cifar(tmp_path, f"CIFAR{classes}")
     root = next(tmp_path.iterdir()) if inside else tmp_path
     args = options(data_set=name, data_path=str(root), input_size=32, batch_size=2, num_workers=0)
-    loaders = datasets.make_loaders(args, {}, process())
+    loaders = make_loaders(args, {}, process())
     assert loaders.nb_classes == classes
     for split, loader in (("train", loaders.train), ("test", loaders.evaluation)):
         data = loader.dataset if split == "test" else loader.dataset.data

@@ -23,7 +23,7 @@ from mmengine.optim import build_optim_wrapper
 from PIL import Image
 
 from detection.backbones import ClassificationBackbone
-from detection.datasets import check_data
+from detection.check_data import check_data
 from detection.hooks import plain
 from models import build_model, load_weights, warehouse_layers
 from models.config import ConfigError
@@ -490,7 +490,7 @@ def damage(content, how, root):
 @pytest.mark.parametrize("many", [False, True], ids=["decoded", "ends"])
 def test_bad_data_is_named(how, message, many, coco, monkeypatch):
     if many:
-        monkeypatch.setattr("detection.datasets.DECODED", 0)
+        monkeypatch.setattr("detection.check_data.DECODED", 0)
     cfg = on(coco, ROOT / "detection/configs/kw/mask_rcnn_kw1x_resnet50.py")
     whole = (coco / "annotations" / "instances_train2017.json").read_text()
     content, bad = json.loads(whole), coco / "annotations" / "bad.json"

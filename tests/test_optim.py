@@ -11,8 +11,8 @@ import timm
 import torch
 from helpers import KW
 
+from command_line import parse_command_line
 from models import build_model, warehouse_layers
-from models.config import parse_command_line
 from models.options import OPTIONS
 from models.released import own_keys
 from optim_factory import Schedule, create_optimizer, parameter_groups

@@ -13,7 +13,7 @@ import torch
 from helpers import ROOT, quick
 
 import main
-from datasets import GlyphsData
+from loading.images import GlyphsData
 from models import build_model
 from models.config import ConfigError
 

@@ -14,11 +14,11 @@ from ..settings import ATTENTION_FUNCTION, ATTENTIONS_OPTION, REDUCTION
 from .layer import ATTENTION_FUNCTIONS, KWAttention, KWConv1d, KWConv2d, KWConv3d, KWLinear
 from .plans import explicit, family, group, half_mobilenetv2, share
 from .query_key_value import split_projections
-from .warehouse import ATTENTION_INITS, Warehouse, Warehouses
+from .warehouse import ATTENTION_INITS, Warehouse, Warehouses, warehouse_layers, warehouse_stages
 
 __all__ = [
     "HalfMobileNetV2Method", "KWAttention", "KWConv1d", "KWConv2d", "KWConv3d", "KWLinear", "KWMethod", "KWStarMethod",
-    "Warehouse", "Warehouses",
+    "Warehouse", "Warehouses", "warehouse_layers", "warehouse_stages",
 ]  # fmt: skip
 
 _CELL_RATIO = {"nargs": "+", "above": 0, "high": 1}

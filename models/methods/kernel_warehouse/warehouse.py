@@ -5,6 +5,7 @@ m is the number of cells that a layer's kernel is cut into, m_t its sum over the
 """
 
 import math
+from collections import Counter
 from functools import reduce
 
 import torch
@@ -181,3 +182,25 @@ class Warehouses(nn.ModuleDict):
     def forward(self, x):
         """x as it is: where the root is an `nn.Sequential`, all its children are called."""
         return x
+
+
+def warehouse_layers(model):
+    """Parameter name of every warehouse -> the names of the layers that take cells from it."""
+    names = {id(warehouse): name for name, warehouse in getattr(model, "warehouses", {}).items()}
+    users = {f"warehouses.{name}.cells": [] for name in names.values()}
+    for layer, module in model.named_modules():
+        if id(getattr(module, "_warehouse", None)) in names:
+            users[f"warehouses.{names[id(module._warehouse)]}.cells"].append(layer)
+    return users
+
+
+def warehouse_stages(model, stage_of):
+    """Parameter name of every warehouse -> the stage of most of its layers; among equals the last one.
+
+    stage_of: layer name -> number of its stage.
+    """
+    stages = {}
+    for name, layers in warehouse_layers(model).items():
+        counts = Counter(map(stage_of, layers))
+        stages[name] = max(counts, key=lambda stage: (counts[stage], stage))
+    return stages

@@ -1,4 +1,4 @@
-"""What is wrong with a COCO data set, said before any training."""
+"""Checks a COCO data set, and says what is wrong with it before any training."""
 
 import json
 from pathlib import Path

@@ -1,0 +1,97 @@
+"""The command line: every option of the table, merged with the config that it names."""
+
+import argparse
+import sys
+from typing import Any
+
+from models.config import ConfigError, check_value, merge, nearest
+from models.options import Option, all_options
+
+_WORDS_OF_BOOL = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
+
+
+def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Merge the command line, the config that it names, the recipe, and the defaults, in this order of precedence.
+
+    Args:
+        argv: arguments; None: those of the process.
+
+    Returns:
+        All options as a namespace, and a dict of those that the command line, the config or the recipe gave.
+
+    Raises:
+        ConfigError: for any mistake in them.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    given_text, unknown = _make_parser().parse_known_args([_underscored(word) for word in argv])
+    if unknown:
+        raise ConfigError(_unknown_argument(unknown[0]))
+    command_line = {name: _from_text(name, text) for name, text in vars(given_text).items()}
+    path = command_line.get("kw_config")
+    given = merge({} if path is None else path, command_line)
+    defaults = {name: option.default for name, option in all_options().items()}
+    return argparse.Namespace(**{**defaults, **given}), given
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ConfigError(message)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        description="Train or evaluate a model.", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        epilog="Dashes may stand for underscores, and a bare flag for true.",
+    )  # fmt: skip
+    groups: dict[str, Any] = {}
+    for name, option in all_options().items():
+        if option.type is dict:
+            continue
+        group = groups.setdefault(option.group, parser.add_argument_group(option.group))
+        nargs = "?" if option.type is bool and option.nargs is None else "*" if option.type is bool else option.nargs
+        const = {"const": "true"} if nargs == "?" else {}
+        default = "" if option.default in (None, "") else f" (default: {option.default})"
+        metavar = option.type.__name__.upper()
+        group.add_argument(f"--{name}", nargs=nargs, metavar=metavar, help=option.help + default, **const)
+    return parser
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
+
+
+def _unknown_argument(argument: str) -> str:
+    if not argument.startswith("-"):
+        return f'unexpected argument "{argument}"; options begin with --'
+    name = argument.lstrip("-").split("=")[0].replace("-", "_")
+    if name in all_options():
+        return f"--{name} can be set in a config file only"
+    return f'unknown option "{argument.split("=")[0]}"{nearest(name, all_options(), "--")}'
+
+
+def _from_text(name: str, text: str | list[str]) -> Any:
+    """Turn the words of the command line into a value, and check it."""
+    option = all_options()[name]
+    words = text if isinstance(text, list) else [text]
+    if option.type is bool and not words:
+        words = ["true"]
+    values = [_parse_word(word, option) for word in words]
+    one = option.nargs is None or (option.nargs == "+" and len(values) == 1) or values == [None]
+    return check_value(option, values[0] if one else values, f"--{name}")
+
+
+def _parse_word(word: str, option: Option) -> Any:
+    if option.accepts_null() and word.lower() in ("none", "null"):
+        return None
+    if option.type is bool:
+        return _WORDS_OF_BOOL.get(word.lower(), word)
+    try:
+        return option.type(word)
+    except ValueError:
+        return word

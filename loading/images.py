@@ -1,0 +1,218 @@
+"""Images from files and from memory, and the data sets that are made of them."""
+
+import os
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+
+from models.config import ConfigError
+
+# Refuse truncated images, and decompression bombs over 179 million pixels.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+DIGITS_TEST_IMAGES = 360
+
+
+class UnreadableImage(RuntimeError):
+    """An image that cannot be decoded; the message names its file."""
+
+    def __init__(self, message: str):
+        # a loader process hands the message on with its traceback before it
+        super().__init__(message.rsplit("UnreadableImage: ", 1)[-1].strip())
+
+
+def read_image(source, name: str) -> Image.Image:
+    """Decode an image to RGB, upright.
+
+    The EXIF rotation is applied; grey, palette, 16-bit and CMYK images are converted.
+
+    Args:
+        source: path or open binary file.
+        name: what to call it in an error.
+
+    Raises:
+        UnreadableImage: names the image.
+    """
+    try:
+        with Image.open(source) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    except Exception as error:
+        # decoders raise whatever a damaged file leads them to
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UnreadableImage(f"{name}: cannot be read as an image ({reason}); replace or remove it") from None
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image of any mode as RGB."""
+    if image.mode.startswith("I"):
+        # 16-bit grey: convert() would clip it to white
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "P":
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+class ImageFolderData(Dataset):
+    """A folder with one folder of images per class.
+
+    Raises:
+        ConfigError: the folder does not exist or holds no image.
+    """
+
+    def __init__(self, root: Path, transform, option: str = "--data_path"):
+        if not root.is_dir():
+            raise ConfigError(f"{root}: no such folder of images; check {option}")
+        try:
+            folder = ImageFolder(str(root))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{root}: holds no images in folders of classes: {str(error).splitlines()[0]}") from None
+        self.samples, self.classes, self.transform = folder.samples, folder.classes, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        path, label = self.samples[index]
+        return self.transform(read_image(path, path)), label
+
+
+class GreyData(Dataset):
+    """Images in memory: `images` [N, H, W] with 256 grey levels, `labels`, and the `transform` of each."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.labels[index]
+
+
+class DigitsData(GreyData):
+    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 with 17 grey levels; 1,437 train, 360 test.
+
+    The split is stratified and fixed. Source: UCI ML hand-written digits, test set.
+    """
+
+    classes = tuple("0123456789")
+
+    def __init__(self, is_train: bool, transform):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        images, labels = load_digits(return_X_y=True)
+        train, test = train_test_split(
+            np.arange(len(labels)), test_size=DIGITS_TEST_IMAGES, stratify=labels, random_state=0
+        )
+        chosen = np.sort(train if is_train else test)
+        self.images = (images[chosen] * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)
+        self.labels = labels[chosen].tolist()
+        self.transform = transform
+
+
+class GlyphsData(GreyData):
+    """Characters in the fonts of `scripts/make_glyphs.py`, 32 x 32 with 256 grey levels; other fonts for the test.
+
+    Raises:
+        ConfigError: the folder does not hold its file, or that file is damaged.
+    """
+
+    def __init__(self, root: Path, is_train: bool, transform):
+        path, part = root / "glyphs.npz", "train" if is_train else "test"
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; make it with scripts/make_glyphs.py --output {root}")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                self.classes = tuple(arrays["classes"].tolist())
+                self.images, self.labels = arrays[f"{part}_images"], arrays[f"{part}_labels"].tolist()
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"{path}: damaged, or not from scripts/make_glyphs.py: {error}") from None
+        self.transform = transform
+
+
+@dataclass(frozen=True)
+class CIFARFiles:
+    """Where the binary version of a CIFAR comes from, and what it holds."""
+
+    url: str
+    folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    labels: int  # label bytes of an image; the last is its class
+    classes: int
+    python_folder: str
+
+
+CIFAR_FILES = {
+    "CIFAR10": CIFARFiles(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "cifar-10-batches-bin",
+        tuple(f"data_batch_{number}.bin" for number in range(1, 6)), ("test_batch.bin",), 1, 10, "cifar-10-batches-py",
+    ),
+    "CIFAR100": CIFARFiles(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", "cifar-100-binary", ("train.bin",), ("test.bin",),
+        2, 100, "cifar-100-python",
+    ),
+}  # fmt: skip
+
+
+class CIFARData(Dataset):
+    """CIFAR-10 or CIFAR-100 in the binary version, in a folder or in the subfolder that its archive makes.
+
+    A file is a row of images, each its label bytes (CIFAR-100: coarse, fine), then a red, a green and a blue plane of
+    32 x 32 bytes, row by row. Any number of images is taken. The Python version is not read: a pickle can run code.
+
+    Raises:
+        ConfigError: names the folder that lacks a file, or the file that is damaged.
+    """
+
+    def __init__(self, name: str, root: Path, is_train: bool, transform):
+        self.files, self.transform = CIFAR_FILES[name], transform
+        self.classes = [str(label) for label in range(self.files.classes)]
+        names = self.files.train if is_train else self.files.test
+        folder = root if os.path.isfile(root / names[0]) else root / self.files.folder
+        missing = [file for file in names if not os.path.isfile(folder / file)]
+        if missing:
+            pickles = [root / where / Path(names[0]).stem for where in ("", self.files.python_folder)]
+            only_python = len(missing) == len(names) and any(map(os.path.isfile, pickles))
+            reason = "only its Python version is" if only_python else f"{missing[0]} is missing"
+            raise ConfigError(
+                f"{root}: no {name} here in the binary version ({reason}); unpack {self.files.url} into it "
+                f"(it must hold {self.files.folder}/)"
+            )
+        self.records = np.concatenate([self._read(folder / file) for file in names])
+        if not len(self.records):
+            raise ConfigError(f"{folder / names[0]}: holds no images; unpack {self.files.url} again")
+
+    def _read(self, path: Path) -> np.ndarray:
+        """The images of a file, [N, label bytes + 3072]."""
+        length = self.files.labels + 3 * 32 * 32
+        again = f"the file is damaged or of another data set, unpack {self.files.url} again"
+        try:
+            content = np.fromfile(path, np.uint8)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        if len(content) % length:
+            raise ConfigError(f"{path}: {len(content)} bytes are no multiple of an image's {length}; {again}")
+        records = content.reshape(-1, length)
+        labels = records[:, self.files.labels - 1]
+        wrong = np.flatnonzero(labels >= self.files.classes)
+        if len(wrong):
+            last = self.files.classes - 1
+            raise ConfigError(f"{path}: image {wrong[0]} has the label {labels[wrong[0]]}, above {last}; {again}")
+        return records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int):
+        record, labels = self.records[index], self.files.labels
+        planes = record[labels:].reshape(3, 32, 32)
+        image = Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+        return self.transform(image), int(record[labels - 1])

@@ -1,0 +1,60 @@
+"""Transforms of images, in training and in evaluation."""
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from models.config import ConfigError
+
+
+def make_transform(args, is_train: bool):
+    """Image -> tensor [3, input_size, input_size], normalised.
+
+    Advanced preprocessing (the papers' 300-epoch recipe): random resized crop, flip, RandAugment or colour jitter,
+    random erasing, bicubic; evaluation resizes to input_size / crop_pct (to a square without cropping from 384 on) and
+    crops. Traditional: random resized crop and flip, bilinear; evaluation resizes to 8/7 of the crop. CIFAR at its own
+    size is cropped from a padded image; digits are only moved, turned and scaled a little, and never flipped.
+    """
+    size, imagenet = args.input_size, args.imagenet_default_mean_and_std
+    mean = IMAGENET_DEFAULT_MEAN if imagenet else (0.5, 0.5, 0.5)
+    std = IMAGENET_DEFAULT_STD if imagenet else (0.5, 0.5, 0.5)
+    to_tensor = [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    bicubic, bilinear = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
+    small = size <= 32 and args.data_set.startswith("CIFAR")
+
+    if args.data_set == "digits":
+        moved = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=bilinear)
+        resized = transforms.Resize((size, size), bicubic)
+        return transforms.Compose([resized, *([moved] if is_train else []), *to_tensor])
+    if not is_train:
+        if small:
+            steps = [transforms.Resize((size, size), bicubic)]
+        elif args.traditional_preprocess:
+            steps = [transforms.Resize(round(size * 256 / 224), bilinear), transforms.CenterCrop(size)]
+        elif size >= 384:
+            steps = [transforms.Resize((size, size), bicubic)]
+        else:
+            resized = int(size / (args.crop_pct or 224 / 256))
+            steps = [transforms.Resize(resized, bicubic), transforms.CenterCrop(size)]
+        return transforms.Compose([*steps, *to_tensor])
+    if args.traditional_preprocess and not small:
+        crop = transforms.RandomResizedCrop(size, interpolation=bilinear)
+        return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *to_tensor])
+    if args.traditional_preprocess:
+        steps = [transforms.RandomHorizontalFlip(), *to_tensor]
+    else:
+        try:
+            transform = create_transform(
+                size, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa,
+                interpolation=args.train_interpolation, re_prob=args.reprob, re_mode=args.remode,
+                re_count=args.recount, mean=mean, std=std,
+            )  # fmt: skip
+        except (AssertionError, KeyError, ValueError, IndexError) as error:
+            raise ConfigError(
+                f'"aa" must be a policy such as rand-m9-mstd0.5-inc1; got {args.aa!r} ({error})'
+            ) from None
+        if not small:
+            return transform
+        steps = transform.transforms[1:]
+    padded = [transforms.Resize((size, size), bicubic), transforms.RandomCrop(size, padding=4)]
+    return transforms.Compose([*padded, *steps])
