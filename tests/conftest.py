@@ -37,6 +37,11 @@ def deterministic():
 
 
 @pytest.fixture
+def one_thread(deterministic):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def poisoned_memory(monkeypatch):
     """Fills fresh memory with NaN, so that an output that is never written shows."""
     # memory that is handed on would hold the numbers of the call before

@@ -1,8 +1,8 @@
 """Kernel Representation written from its equations, sample by sample, and a small network for its tests."""
 
 import itertools
-import math
 
+import layer_checks
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -108,15 +108,10 @@ def naive_frequencies(image):
 
 
 def randomize(module):
-    """Parameters and statistics of a sane size, none of them at its initial value."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn_like(parameter) / math.sqrt(max(parameter[0].numel(), 4)))
-        for part in module.modules():
-            if isinstance(part, nn.BatchNorm1d):
-                part.running_mean.normal_()
-                part.running_var.uniform_(0.5, 2.0)
-                part.weight.add_(1.0)
+    """`layer_checks.randomize` with the weights of norms around 1."""
+    for part in layer_checks.randomize(module).modules():
+        if isinstance(part, nn.BatchNorm1d):
+            part.weight.data.add_(1.0)
     return module
 
 

@@ -11,11 +11,8 @@ import main
 from checkpoints import write_checkpoint
 from models import build_model
 
-
-@pytest.fixture(autouse=True)
-def one_thread(deterministic):
-    """These models are so small that a second thread only waits."""
-    torch.set_num_threads(1)
+# these models are so small that a second thread only waits
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

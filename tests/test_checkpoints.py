@@ -38,10 +38,8 @@ from models.config import ConfigError
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(deterministic):
-    """These models are so small that a second thread only waits."""
-    torch.set_num_threads(1)
+# these models are so small that a second thread only waits
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def digest(value):

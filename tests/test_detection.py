@@ -344,7 +344,7 @@ def mostly_slow(path):
     return pytest.param(path, id=names(path), marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("path", map(mostly_slow, COCO_CONFIGS))
+@pytest.mark.parametrize("path", list(map(mostly_slow, COCO_CONFIGS)))
 def test_every_config_trains_and_evaluates(path, coco):
     cfg = on(coco, path)
     # untrained heads are sure of nothing

@@ -1,11 +1,12 @@
 """The training step and the evaluation, against loops written out here."""
 
 import argparse
+import copy
 
 import pytest
 import torch
-import torch.distributed as dist
-from helpers import KW, free_port
+from helpers import KW
+from processes import in_two_processes
 from timm.utils import ModelEmaV3
 from tolerance import difference
 from torch import nn
@@ -22,10 +23,8 @@ CPU = torch.device("cpu")
 CLASSES = 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread(deterministic):
-    """These models are so small that a second thread only waits."""
-    torch.set_num_threads(1)
+# these models are so small that a second thread only waits
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def options(**changes):
@@ -200,10 +199,11 @@ def test_loss_scaling_changes_nothing_but_skips_overflows():
     assert all(torch.equal(a, b) for a, b in zip(overflowing.parameters(), start))
 
 
-def _train_rank(rank, folder, port):
-    """One of two processes, each with half of the images; in the second epoch one image of process 1 is NaN."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _train_rank(rank):
+    """One of two processes, each with half of the images; in the second epoch one image of process 1 is NaN.
+
+    Returns the state dict and the error of both epochs.
+    """
     model = small_model("kw_test_convnext")
     net = DistributedDataParallel(model)
     args = options(opt="sgd", lr=0.01, batch_size=8, update_freq=2, epochs=2)
@@ -214,8 +214,9 @@ def _train_rank(rank, folder, port):
         bad[20] = float("nan")
     loaders.append(DataLoader(TensorDataset(bad, mine[1]), batch_size=8))
     optimizer, schedule = create_optimizer(args, model), Schedule(args, 2)
-    scaler, error = torch.amp.GradScaler("cpu", enabled=False), None
+    scaler, epochs = torch.amp.GradScaler("cpu", enabled=False), []
     for epoch, loader in enumerate(loaders):
+        error = None
         try:
             train_one_epoch(
                 net, loader, optimizer, schedule, torch.nn.CrossEntropyLoss(), args=args, epoch=epoch,
@@ -223,23 +224,22 @@ def _train_rank(rank, folder, port):
             )  # fmt: skip
         except NonFiniteLoss as caught:
             error = str(caught)
-        torch.save([epoch, error, model.state_dict()], f"{folder}/{rank}-{epoch}.pth")
-    dist.destroy_process_group()
+        epochs.append((copy.deepcopy(model.state_dict()), error))
+    return epochs
 
 
-def test_two_processes_train_as_one_and_stop_as_one(tmp_path, monkeypatch):
+def test_two_processes_train_as_one_and_stop_as_one(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(_train_rank, (str(tmp_path), free_port()), nprocs=2)
-    saved = {path.stem: torch.load(path) for path in tmp_path.iterdir()}
+    (trained, _), ((first, error), (second, other_error)) = zip(*in_two_processes(_train_rank), strict=True)
     # two processes with batches of 8 and 2 steps are one with 32
     single = small_model("kw_test_convnext")
     train(single, options(opt="sgd", lr=0.01, batch_size=32, epochs=2))
     for name, value in single.state_dict().items():
-        torch.testing.assert_close(saved["0-0"][2][name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(trained[0][name], value, rtol=1e-4, atol=1e-6)
     # NaN in one process stops both at the same step, with the same finite weights
-    assert saved["0-1"][1] == saved["1-1"][1] and "step 1 of epoch 1" in saved["0-1"][1]
-    for name, value in saved["0-1"][2].items():
-        assert torch.isfinite(value).all() and torch.equal(value, saved["1-1"][2][name])
+    assert error == other_error and "step 1 of epoch 1" in error
+    for name, value in first.items():
+        assert torch.isfinite(value).all() and torch.equal(value, second[name])
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])

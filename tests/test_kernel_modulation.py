@@ -2,13 +2,13 @@
 
 import copy
 import itertools
-import math
 import warnings
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from layer_checks import gradients, randomize
 from tolerance import RELATIVE, assert_same, difference
 from torch import nn
 
@@ -58,14 +58,7 @@ CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 def make_layer(name, dtype=torch.float64):
     kind, arguments, settings, shape = LAYERS[name]
-    layer = getattr(models, kind)(*arguments, **settings).to(dtype)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn_like(parameter) / math.sqrt(max(parameter[0].numel(), 4)))
-        for norm in layer.modules():
-            if isinstance(norm, nn.BatchNorm1d):
-                norm.running_mean.normal_()
-                norm.running_var.uniform_(0.5, 2.0)
+    layer = randomize(getattr(models, kind)(*arguments, **settings).to(dtype))
     return layer, torch.randn(*shape, dtype=dtype)
 
 
@@ -184,11 +177,6 @@ def naive_layer(name, layer, x):
         return naive(layer, x)
     y = naive(layer, x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2))
     return y.transpose(1, 2).reshape(*x.shape[:-1], -1)
-
-
-def gradients(y, layer, x):
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
-    return torch.autograd.grad(y, [x, *layer.parameters()], dy)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

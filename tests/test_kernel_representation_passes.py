@@ -9,9 +9,9 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from helpers import free_port
+from layer_checks import counting_backend
 from naive_representation import LAYERS, SETTINGS, Net, assert_empty, image, make_net, relay_of
+from processes import in_two_processes
 from timm.utils import ModelEmaV3
 from tolerance import RELATIVE, assert_same, difference
 from torch.nn.parallel import DistributedDataParallel
@@ -242,9 +242,7 @@ def test_ema_follows():
     assert_same(ema.module.kernel_representation.start.weight, before + 0.25)
 
 
-def _ddp_worker(rank, world, port, state, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+def _ddp_gradients(rank, state):
     net = convert(Net(), "kr", **SETTINGS).double().eval()
     net.load_state_dict(state)
     parallel = DistributedDataParallel(net)
@@ -252,12 +250,7 @@ def _ddp_worker(rank, world, port, state, results):
         # the second pass would complain of parameters without a gradient
         net.zero_grad()
         parallel(image(4)[rank * 2 : rank * 2 + 2]).square().mean().backward()
-    if rank == 0:
-        results.put({name: p.grad.numpy() for name, p in net.named_parameters()})
-        results.close()
-        results.join_thread()
-    dist.barrier()
-    dist.destroy_process_group()
+    return {name: p.grad for name, p in net.named_parameters()}
 
 
 def test_distributed_data_parallel(tmp_path):
@@ -279,26 +272,17 @@ def test_distributed_data_parallel(tmp_path):
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one():
     net = make_net()
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    workers = mp.spawn(_ddp_worker, (2, free_port(), net.state_dict(), results), nprocs=2, join=False)
-    gradient = results.get(timeout=120)
-    assert any(workers.join(timeout=60) for _ in range(2))
+    gradients, _ = in_two_processes(_ddp_gradients, net.state_dict())
     net(image(4)).square().mean().backward()
     for key, parameter in net.named_parameters():
-        assert difference(torch.from_numpy(gradient[key]), parameter.grad) < 1e-10, key
+        assert difference(gradients[key], parameter.grad) < 1e-10, key
 
 
 @pytest.mark.parametrize("settings", [{}, {"representation": False}, {"representation_start": "learned"}], ids=str)
 def test_compile_without_graph_breaks(settings):
     net = make_net(dtype=torch.float32, **settings)
     graphs = []
-
-    def counting(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(net, backend=counting, fullgraph=True)
+    compiled = torch.compile(net, backend=counting_backend(graphs), fullgraph=True)
     for batch in range(1, 5):
         assert_same(compiled(image(batch, 12, torch.float32)), net(image(batch, 12, torch.float32)))
     # one for the first batch size, one for all others

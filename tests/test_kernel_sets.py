@@ -1,11 +1,10 @@
 """Layers with kernels of their own (ODConv, DY-Conv, CondConv) and KW*, against their papers' equations written out."""
 
-import math
-
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from layer_checks import gradients, kernel_of_cells, randomize
 from tolerance import assert_same, difference
 from torch import nn
 
@@ -54,21 +53,8 @@ def make(prefix, shape, **settings):
     kind = getattr(models, prefix + shape.split("-")[0])
     c_in, c_out, kernel, options, size = SHAPES[shape]
     arguments = (c_in, c_out) if kind.__name__.endswith("Linear") else (c_in, c_out, kernel)
-    layer = kind(*arguments, **options, **settings).double()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn_like(parameter) / math.sqrt(max(parameter[0].numel(), 2)))
-        for name, buffer in layer.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.normal_()
-            elif name.endswith("running_var"):
-                buffer.uniform_(0.5, 2.0)
+    layer = randomize(kind(*arguments, **options, **settings).double())
     return layer, torch.randn(*size, dtype=torch.float64, requires_grad=True)
-
-
-def gradients(y, layer, x):
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
-    return torch.autograd.grad(y, [x, *layer.parameters()], dy)
 
 
 def compare(layer, naive, x):
@@ -215,19 +201,12 @@ def test_kw_star_multiplies_kernels_by_odconvs_attentions(shape, attentions):
     def naive(layer, x):
         x, back = images(x, layer)
         shape = layer.kernel_shape
-        c_out, c_in = layer.warehouse.cells.shape[1:3]
         results = []
         for sample, pooled in zip(x, x.flatten(2).mean(2)):
             norm, attention = layer.attention.norm1, layer.attention
             hidden = normalised(norm, fc(attention.fc1, pooled), False).clamp(min=0)
-            mixtures = iter(torch.einsum("mn,n...->m...", attention(pooled[None])[0], layer.warehouse.cells))
-            kernel = torch.zeros(shape, dtype=x.dtype)
-            for position in torch.cartesian_prod(*[torch.arange(k) for k in shape[2:]]).reshape(-1, len(shape) - 2):
-                for o in range(0, shape[0], c_out):
-                    for i in range(0, shape[1], c_in):
-                        where = (slice(o, o + c_out), slice(i, i + c_in), *position.tolist())
-                        kernel[where] = next(mixtures).reshape(c_out, c_in)
-            kernel = kernel.flatten(2)
+            mixtures = torch.einsum("mn,n...->m...", attention(pooled[None])[0], layer.warehouse.cells)
+            kernel = kernel_of_cells(mixtures, shape).flatten(2)
             for name in layer.heads.names:
                 values = 1 / (1 + (-fc(getattr(layer.heads, f"{name}_fc"), hidden)).exp())
                 if name == "spatial":

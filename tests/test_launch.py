@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import KW, METHODS, METHODS_OF_RUNS, free_port, launch, make_image_folder, quick, read_log, started
+from processes import in_two_processes
 
 import main
 import utils
@@ -23,10 +24,8 @@ from utils import first_host, read_launcher, start_processes
 LINE = re.compile(r"^\* Acc@1 ([\d.]+) Acc@5 ([\d.]+) loss ([\d.]+)$", re.MULTILINE)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(deterministic):
-    """These models are so small that a second thread only waits."""
-    torch.set_num_threads(1)
+# these models are so small that a second thread only waits
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -198,17 +197,7 @@ def test_a_gpu_of_its_own_for_every_task(rank, monkeypatch):
         start_processes(launcher(device="cuda"))
 
 
-def in_two_processes(worker):
-    """What `worker(rank, port, results)` puts into `results` in both processes, in order of rank."""
-    context = torch.multiprocessing.get_context("spawn")
-    results, port = context.Queue(), free_port()
-    processes = [context.Process(target=worker, args=(rank, port, results), daemon=True) for rank in range(2)]
-    for process in processes:
-        process.start()
-    return sorted(results.get(timeout=120) for _ in processes)
-
-
-def _gpu_worker(rank, port, results):
+def _gpu_worker(rank, port):
     """A process of two whose GPUs have a backend that takes no tensor of the CPU, as NCCL."""
     environment = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in {**environment, "GLOO_SOCKET_IFNAME": "lo"}.items()})
@@ -228,17 +217,15 @@ def _gpu_worker(rank, port, results):
     average = torch.nn.BatchNorm1d(3)
     average.running_mean.fill_(rank + 1)
     utils.synchronise_buffers(average)
-    results.put((rank, average.running_mean.tolist(), utils.reduce_sum(torch.tensor([rank + 1])).tolist()))
-    dist.destroy_process_group()
+    return average.running_mean.tolist(), utils.reduce_sum(torch.tensor([rank + 1])).tolist()
 
 
 def test_averages_on_the_cpu_with_several_gpus():
     """--model_ema_force_cpu: buffers and counts on the CPU go over another backend than NCCL."""
-    assert in_two_processes(_gpu_worker) == [(rank, [1.0] * 3, [3]) for rank in range(2)]
+    assert in_two_processes(_gpu_worker, free_port(), grouped=False) == [([1.0] * 3, [3])] * 2
 
 
-def _ddp_worker(rank, port, results):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _ddp_worker(rank):
     torch.manual_seed(rank)
     model = build_model({"model": "kw_test_resnet", **KW}, num_classes=3)
     net = utils.in_parallel(model, torch.device("cpu"))
@@ -251,14 +238,13 @@ def _ddp_worker(rank, port, results):
     utils.synchronise_buffers(model)
     one = torch.cat([buffer.flatten().double() for buffer in model.buffers()])
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-    results.put((rank, len(sent), *(float(t.square().sum()) for t in (own, one, gradient))))
-    dist.destroy_process_group()
+    return len(sent), *(float(t.square().sum()) for t in (own, one, gradient))
 
 
 def test_buffers_are_each_process_s_own_until_the_end_of_an_epoch():
     first, second = in_two_processes(_ddp_worker)
-    assert first[1] == second[1] == 0, "buffers were broadcast in a forward pass"
-    assert first[2] != second[2] and first[3] == second[3] == first[2] and first[4] == second[4]
+    assert first[0] == second[0] == 0, "buffers were broadcast in a forward pass"
+    assert first[1] != second[1] and first[2] == second[2] == first[1] and first[3] == second[3]
 
 
 @pytest.mark.parametrize(

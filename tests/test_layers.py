@@ -1,11 +1,11 @@
 """The layers, against the paper's equations written out, and in every surrounding that they live in."""
 
 import copy
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from layer_checks import gradients, kernel_of_cells, randomize
 from tolerance import RELATIVE, assert_same, difference
 from torch import nn
 
@@ -55,17 +55,10 @@ def naive_layer(layer, x):
     tokens = x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2) if linear else x
     alpha = naive_attention(layer, tokens.flatten(2).mean(2))
     cells = layer.warehouse.cells
-    c_out, c_in = cells.shape[1:3]
     shape = layer.warehouse.kernels[layer.layer]
     samples = []
     for sample, weights in zip(tokens, alpha):
-        mixtures = iter(torch.einsum("mn,n...->m...", weights, cells))
-        kernel = torch.zeros(shape, dtype=x.dtype)
-        for position in torch.cartesian_prod(*[torch.arange(k) for k in shape[2:]]).reshape(-1, len(shape) - 2):
-            for o in range(0, shape[0], c_out):
-                for i in range(0, shape[1], c_in):
-                    where = (slice(o, o + c_out), slice(i, i + c_in), *position.tolist())
-                    kernel[where] = next(mixtures).reshape(c_out, c_in)
+        kernel = kernel_of_cells(torch.einsum("mn,n...->m...", weights, cells), shape)
         if linear:
             samples.append(F.linear(sample.T, kernel[..., 0], layer.bias))
         else:
@@ -78,20 +71,10 @@ def naive_layer(layer, x):
 
 def make_layer(name, dtype=torch.float64, temperature=0.3, **kwargs):
     kind, arguments, options, shape = LAYERS[name]
-    layer = kind(*arguments, **options, **kwargs).to(dtype)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn_like(parameter) / math.sqrt(max(parameter[0].numel(), 4)))
-        layer.attention.norm1.running_mean.normal_()
-        layer.attention.norm1.running_var.uniform_(0.5, 2.0)
+    layer = randomize(kind(*arguments, **options, **kwargs).to(dtype))
     set_temperature(layer, temperature)
     x = torch.randn(*shape, dtype=dtype)
     return layer, x
-
-
-def gradients(y, layer, x):
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
-    return torch.autograd.grad(y, [x, *layer.parameters()], dy)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

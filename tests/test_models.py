@@ -8,9 +8,9 @@ import warnings
 import pytest
 import timm
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from helpers import METHODS, free_port
+from helpers import METHODS
+from layer_checks import counting_backend
+from processes import in_two_processes
 from timm.utils import ModelEmaV3
 from tolerance import assert_same, difference
 from torch import nn
@@ -163,12 +163,7 @@ def test_compile_without_graph_breaks(name):
     model = build_model(SMALL[name], num_classes=10).eval()
     set_temperature(model, 0.5)
     graphs = []
-
-    def counting(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(model, backend=counting, fullgraph=True)
+    compiled = torch.compile(model, backend=counting_backend(graphs), fullgraph=True)
     for batch in range(1, 11):
         set_temperature(model, 1 / batch)
         assert_same(compiled(image(batch)), model(image(batch)))
@@ -207,21 +202,14 @@ def test_export():
     assert_same(program.module()(image()), model(image()))
 
 
-def _ddp_worker(rank, world, port, config, state, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+def _ddp_gradients(rank, config, state):
     model = build_model(config, num_classes=10)
     model.load_state_dict(state)
     set_temperature(model, 0.5)
     parallel = DistributedDataParallel(model.double().eval())
     half = image(4).double()[rank * 2 : rank * 2 + 2]
     parallel(half).square().mean().backward()
-    if rank == 0:
-        results.put({name: p.grad.numpy() for name, p in model.named_parameters()})
-        results.close()
-        results.join_thread()
-    dist.barrier()
-    dist.destroy_process_group()
+    return {name: p.grad for name, p in model.named_parameters()}
 
 
 # a process that imports torch takes seconds, and two are enough to show what goes for all
@@ -233,18 +221,12 @@ def _ddp_worker(rank, world, port, config, state, results):
 def test_two_processes_give_the_gradients_of_one(name):
     model = build_model(SMALL[name], num_classes=10)
     set_temperature(model, 0.5)
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    arguments = (2, free_port(), SMALL[name], model.state_dict(), results)
-    workers = mp.spawn(_ddp_worker, arguments, nprocs=2, join=False)
-    gradients = results.get(timeout=120)
-    # join returns at every process that ends, and raises where one failed
-    assert any(workers.join(timeout=60) for _ in range(2))
+    gradients, _ = in_two_processes(_ddp_gradients, SMALL[name], model.state_dict())
     model.double().eval()(image(4).double()).square().mean().backward()
     for key, parameter in model.named_parameters():
         # timm interpolates position embeddings in float32
         limit = 1e-6 if key == "pos_embed" else 1e-10
-        assert difference(torch.from_numpy(gradients[key]), parameter.grad) < limit, key
+        assert difference(gradients[key], parameter.grad) < limit, key
 
 
 def test_samples_are_independent_in_eval_mode(model):
