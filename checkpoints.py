@@ -1,9 +1,10 @@
-"""Checkpoints: written so that a crash never leaves a damaged one, read without running code, restored in full.
+"""Checkpoints: a crash never leaves a damaged one, reading one never runs code, and a run is restored in full.
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts: `model`, `model_ema`, `optimizer`, `scaler`,
 `epoch`, `temperature`, `best` (accuracies), `rng` (of every process), `args`, `versions`, `world_size`, `format`.
 """
 
+import argparse
 import math
 import os
 import random
@@ -11,7 +12,9 @@ import re
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,31 +26,34 @@ from models.reader import read_checkpoint
 from models.weights import matched_state, state_dict_of
 from utils import Process, gather, is_main_process, log, set_seed
 
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
+
 FORMAT = 1
 
 
-def write_checkpoint(path: Path, state: dict) -> None:
-    """Write a checkpoint so that `path` holds either the old file or the whole new one, whenever the process dies.
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint; whenever the process dies, `path` holds either the old file or the whole new one.
 
     Args:
         path: file to write.
         state: tensors, numbers, strings, and lists, tuples and dicts of them.
 
     Raises:
-        OSError, RuntimeError: nothing was replaced, for example because the disk is full.
+        OSError, RuntimeError: writing failed, for example because the disk is full; the old file is intact.
     """
     replace_checkpoint(path, lambda file: torch.save(state, file))
 
 
-def replace_checkpoint(path: Path, write) -> None:
-    """`write_checkpoint` of what `write` writes to the file that it is given."""
+def replace_checkpoint(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Like `write_checkpoint`, but `write` is called with an open file and writes the content into it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        # torch reads a damaged file without a word; the container's checksums tell
+        # torch reads a damaged file without an error; only the checksums of the zip container reveal the damage
         with zipfile.ZipFile(temporary) as archive:
             if archive.testzip() is not None:
                 raise OSError("it does not read back as written")
@@ -61,8 +67,8 @@ def replace_checkpoint(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: Path, state: dict) -> bool:
-    """`write_checkpoint` on the first process; a failure is a warning, and the run goes on."""
+def save_checkpoint(path: Path, state: dict[str, Any]) -> bool:
+    """`write_checkpoint` on the first process; a failure prints a warning and returns False, and the run continues."""
     if not is_main_process():
         return True
     try:
@@ -81,25 +87,30 @@ def numbered_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def prune_checkpoints(folder: Path, epoch: int, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints up to `epoch`. Call it only after that of `epoch` was verified."""
+    """Delete all but the last `keep` checkpoints up to `epoch`.
+
+    Call it only after the checkpoint of `epoch` was written and verified.
+    """
     if is_main_process():
         for _, path in [entry for entry in numbered_checkpoints(folder) if entry[0] <= epoch][:-keep]:
             path.unlink(missing_ok=True)
 
 
 def remove_stale_files(folder: Path) -> None:
-    """Remove what a killed process was writing."""
+    """Remove the temporary files that killed processes left behind."""
     for path in folder.glob(".checkpoint*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def set_aside(folder: Path, start_epoch: int, fresh: bool) -> None:
-    """Move what a run that starts at `start_epoch` does not go on from into a folder beside its own checkpoints.
+    """Move the checkpoints of an earlier run that this run does not continue into a subfolder.
 
-    Otherwise a longer run that was there before would outrank this one's checkpoints at the next start.
+    Otherwise the next start would continue from the earlier run, where that has more epochs than this one.
 
     Args:
-        fresh: the run goes on from none of them.
+        folder: folder of the checkpoints of both runs.
+        start_epoch: first epoch of this run; checkpoints from it on are moved.
+        fresh: this run continues from no checkpoint; all are moved.
     """
     if not is_main_process():
         return
@@ -112,7 +123,7 @@ def set_aside(folder: Path, start_epoch: int, fresh: bool) -> None:
         aside.mkdir(exist_ok=True)
         for path in old:
             path.rename(aside / path.name)
-        log(f"{len(old)} checkpoints of an earlier run, which this one does not go on from, were moved to {aside}")
+        log(f"{len(old)} checkpoints of an earlier run, which this one does not continue, were moved to {aside}")
 
 
 def _epoch_of(path: Path) -> float:
@@ -126,7 +137,7 @@ def _epoch_of(path: Path) -> float:
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest good checkpoint of a folder, or None where there is none at all. All processes get the same answer.
 
-    A bad one is named and passed over for the one before it.
+    Bad checkpoints are logged and skipped.
 
     Raises:
         ConfigError: there are checkpoints, and none is good. Starting again from epoch 0 would lose the run.
@@ -147,10 +158,15 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def newest(candidates: list[Path], folder: str | Path, instead: str) -> Path | None:
-    """The first good one of the checkpoints of a folder, None where there are none; says which are bad.
+    """The first good one of some checkpoints, or None where there are none; logs those that are bad.
+
+    Args:
+        candidates: paths, the preferred one first.
+        folder: their folder, for the error message.
+        instead: how to start a new run, for the error message.
 
     Raises:
-        ConfigError: none is good; `instead` is how to start anew.
+        ConfigError: there are checkpoints, and none is good.
     """
     for path in candidates:
         try:
@@ -167,16 +183,16 @@ def newest(candidates: list[Path], folder: str | Path, instead: str) -> Path | N
     return None
 
 
-def read(path: str | Path) -> dict:
+def read(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint from a path or URL, with its checksums verified. It never runs code.
 
     Raises:
-        ConfigError: damaged, not a checkpoint, or not to be had.
+        ConfigError: the file is damaged, is not a checkpoint, or cannot be fetched.
     """
     try:
         content = read_checkpoint(path)
     except Exception as error:
-        # a damaged file makes its readers raise anything
+        # on a damaged file, its readers raise exceptions of any type
         text = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(text if str(path) in text else f"{path}: {text}") from None
     if not isinstance(content, dict):
@@ -184,8 +200,11 @@ def read(path: str | Path) -> dict:
     return content
 
 
-def find(args, output: Path | None) -> tuple[dict | None, str | Path | None]:
-    """The checkpoint of --resume, else the newest good one of the output folder, else None; and its path."""
+def find(args: argparse.Namespace, output: Path | None) -> tuple[dict[str, Any] | None, str | Path | None]:
+    """The checkpoint to resume or to evaluate, and its path; (None, None) where there is none.
+
+    It is that of --resume, else the newest good one of the output folder.
+    """
     path = args.resume or None
     if path is None and args.auto_resume and output is not None and not (args.eval and args.finetune):
         path = newest_checkpoint(output)
@@ -195,11 +214,16 @@ def find(args, output: Path | None) -> tuple[dict | None, str | Path | None]:
     return read(path), path
 
 
-def load(model: torch.nn.Module, checkpoint: dict, path: str | Path) -> None:
-    """Load the weights of a checkpoint, and the temperature that they were saved at (where none was, the last one).
+def load(model: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Load the weights of a checkpoint and its temperature; one without a temperature gets the last of the schedule.
+
+    Args:
+        model: the model to load into.
+        checkpoint: content of the checkpoint.
+        path: its path, for the error message.
 
     Raises:
-        ConfigError: of another model; lists the first keys that differ.
+        ConfigError: the checkpoint is of another model; lists the first keys that differ.
     """
     try:
         load_weights(model, checkpoint)
@@ -208,11 +232,11 @@ def load(model: torch.nn.Module, checkpoint: dict, path: str | Path) -> None:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def finetune(model: torch.nn.Module, args) -> None:
+def finetune(model: torch.nn.Module, args: argparse.Namespace) -> None:
     """Load the weights of --finetune. The classifier keeps its initial weights where its size differs.
 
     Raises:
-        ConfigError: of another model.
+        ConfigError: the checkpoint is of another model; lists the first keys that differ.
     """
     path, prefix = args.finetune, args.model_prefix
     checkpoint = read(path)
@@ -243,8 +267,18 @@ def _classifier_keys(model: torch.nn.Module) -> tuple[str, ...]:
     return (*(f"{name}." for name in names), *warehouses)
 
 
-def training_state(model, ema, optimizer, scaler, epoch, best, temperature, args, process) -> dict:
-    """All that a resumed run needs, in plain types. Every process must call it."""
+def training_state(
+    model: torch.nn.Module,
+    ema: "ModelEmaV3 | None",
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    epoch: int,
+    best: dict[str, float | None],
+    temperature: float,
+    args: argparse.Namespace,
+    process: Process,
+) -> dict[str, Any]:
+    """Everything that a resumed run needs, in plain types. Every process must call it."""
     return {
         "format": FORMAT,
         "model": model.state_dict(),
@@ -261,14 +295,25 @@ def training_state(model, ema, optimizer, scaler, epoch, best, temperature, args
     }
 
 
-def ema_state(state: dict) -> dict:
-    """The EMA weights of a training state as a checkpoint of their own, to evaluate and to fine-tune."""
+def ema_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A separate checkpoint of the EMA weights of a training state, to evaluate and to fine-tune."""
     kept = ("format", "epoch", "temperature", "best", "args", "versions")
     return {"model": state["model_ema"], **{name: state[name] for name in kept}}
 
 
-def restore(checkpoint: dict, path, model, ema, optimizer, scaler, args, process: Process) -> tuple[int, dict]:
-    """Put a run back to where `checkpoint` was saved.
+def restore(
+    checkpoint: dict[str, Any],
+    path: str | Path,
+    model: torch.nn.Module,
+    ema: "ModelEmaV3 | None",
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    args: argparse.Namespace,
+    process: Process,
+) -> tuple[int, dict[str, float | None]]:
+    """Restore a run to the state in which `checkpoint` was saved.
+
+    A checkpoint of weights alone leaves the optimizer and the random generators unchanged.
 
     Returns:
         The epoch to start with, and the best accuracies so far.
@@ -298,7 +343,7 @@ def restore(checkpoint: dict, path, model, ema, optimizer, scaler, args, process
         raise ConfigError(f"{path}: its optimizer or state does not fit ({reason}); use that run's options") from None
 
 
-def rng_state(device: torch.device) -> dict:
+def rng_state(device: torch.device) -> dict[str, Any]:
     """State of every random generator of this process, in types that load without running code."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     return {
@@ -309,8 +354,8 @@ def rng_state(device: torch.device) -> dict:
     }
 
 
-def set_rng_state(state: dict, device: torch.device) -> None:
-    """Inverse of `rng_state`."""
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restore what `rng_state` returned."""
     keys, *rest = state["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])

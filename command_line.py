@@ -1,8 +1,8 @@
-"""The command line: every option of the table, merged with the config that it names."""
+"""The command line: the options of `models/options.py`, merged with the config that it names."""
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from models.config import ConfigError, check_value, merge, nearest
 from models.options import Option, all_options
@@ -17,13 +17,13 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
     """Merge the command line, the config that it names, the recipe, and the defaults, in this order of precedence.
 
     Args:
-        argv: arguments; None: those of the process.
+        argv: words of the command line; None: those of the process.
 
     Returns:
         All options as a namespace, and a dict of those that the command line, the config or the recipe gave.
 
     Raises:
-        ConfigError: for any mistake in them.
+        ConfigError: there is a mistake in any of them.
     """
     argv = sys.argv[1:] if argv is None else argv
     given_text, unknown = _make_parser().parse_known_args([_underscored(word) for word in argv])
@@ -37,14 +37,14 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         description="Train or evaluate a model.", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        epilog="Dashes may stand for underscores, and a bare flag for true.",
+        epilog="Dashes may replace underscores. A flag without a value means true.",
     )  # fmt: skip
     groups: dict[str, Any] = {}
     for name, option in all_options().items():
@@ -76,7 +76,7 @@ def _unknown_argument(argument: str) -> str:
 
 
 def _from_text(name: str, text: str | list[str]) -> Any:
-    """Turn the words of the command line into a value, and check it."""
+    """Convert the words of an option to its value, and check it."""
     option = all_options()[name]
     words = text if isinstance(text, list) else [text]
     if option.type is bool and not words:

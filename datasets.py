@@ -1,12 +1,14 @@
-"""Data sets and loaders by the options of a run; their parts are in `loading/`.
+"""Build the data sets and loaders of a run from its options; their parts are in `loading/`.
 
-Every random choice in loading an image follows from (seed, epoch, index) alone, so that a run is the same with any
-number of loader processes, and a resumed run the same as an unbroken one.
+Every random choice in loading an image depends on (seed, epoch, index) alone. A run is therefore the same with any
+number of loader processes, and a resumed run is the same as an unbroken one.
 """
 
+import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -16,14 +18,14 @@ from loading.readers import StreamData, reader_data
 from loading.sampling import EvalSampler, SeededData, TrainSampler
 from loading.transforms import make_transform
 from models.config import ConfigError
-from utils import log
+from utils import Process, log
 
 
-def make_data(args, is_train: bool) -> Dataset:
+def make_data(args: argparse.Namespace, is_train: bool) -> Dataset:
     """The training or the evaluation images of `--data_set`.
 
     Raises:
-        ConfigError: the data are not there; names the path.
+        ConfigError: the data do not exist; names the path.
     """
     transform = make_transform(args, is_train)
     name, root = args.data_set, Path(args.data_path)
@@ -48,7 +50,7 @@ def make_data(args, is_train: bool) -> Dataset:
 
 @dataclass
 class Loaders:
-    """What `make_loaders` returns: `train` is None when only evaluating, `evaluation` when that is disabled."""
+    """The loaders of a run; `train` is None in a run that only evaluates, `evaluation` in one that never does."""
 
     train: DataLoader | None
     evaluation: DataLoader | None
@@ -62,14 +64,16 @@ class Loaders:
             self.train.sampler.epoch = epoch
 
 
-def make_loaders(args, given: dict, process) -> Loaders:
+def make_loaders(args: argparse.Namespace, given: dict[str, Any], process: Process) -> Loaders:
     """Build the data sets, check that they fit each other, and wrap them in loaders.
 
     Args:
+        args: all options.
         given: the options that the user gave, to tell a chosen `nb_classes` from the default.
+        process: this process among those of the run, which divide the images.
 
     Raises:
-        ConfigError: data that are not there, classes that differ, or too few images for one update.
+        ConfigError: the data do not exist, their classes differ, or the images are too few for one update.
     """
     train_data = None if args.eval else make_data(args, is_train=True)
     eval_data = None if args.disable_eval and not args.eval else make_data(args, is_train=False)
@@ -123,8 +127,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _own_generator(args) -> torch.Generator:
-    # loaders draw a seed at start; drawn from the global generator, it would move what a resumed run draws
+def _own_generator(args: argparse.Namespace) -> torch.Generator:
+    # A loader draws a seed when it starts. Drawn from the global generator, it would change the numbers that a resumed
+    # run draws after it.
     return torch.Generator().manual_seed(args.seed)
 
 

@@ -1,16 +1,27 @@
 """One epoch of training, the evaluation, and the temperature schedule."""
 
+import argparse
 import contextlib
 import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from loading.images import UnreadableImage
 from models import set_temperature, temperature_range
 from models.ops.dead_taps import WrittenGradients
-from utils import Progress, log, reduce_sum
+from utils import Process, Progress, RunLog, log, reduce_sum
+
+if TYPE_CHECKING:
+    from timm.data import Mixup
+    from timm.utils import ModelEmaV3
+
+    from optim_factory import Schedule
 
 
 class NonFiniteLoss(RuntimeError):
@@ -20,7 +31,7 @@ class NonFiniteLoss(RuntimeError):
 def temperature_at(
     step: int, steps_per_epoch: int, temp_epoch: int, temp_init_value: float, last: float = 0.0
 ) -> float:
-    """Temperature at an optimizer update: linear `temp_init_value` at the first, `last` after `temp_epoch` epochs.
+    """Temperature at an optimizer update; it falls linearly from `temp_init_value` to `last` in `temp_epoch` epochs.
 
     Source: KernelWarehouse, section 3.4 and appendix A.1 (1 to 0); ODConv, appendix A.2 (30 to 1).
     """
@@ -28,8 +39,8 @@ def temperature_at(
     return last + (temp_init_value - last) * (1 - step / total) if step < total else last
 
 
-def autocast(args, device: torch.device):
-    """Context of the forward pass. `auto` takes bfloat16 where the device computes in it, else float16."""
+def autocast(args: argparse.Namespace, device: torch.device) -> contextlib.ExitStack:
+    """Context of the forward pass: mixed precision where `use_amp` is set, with correct gradients on the CPU."""
     context = contextlib.ExitStack()
     context.enter_context(torch.autocast(device.type, dtype=amp_dtype(args, device), enabled=args.use_amp))
     if args.use_amp and device.type == "cpu":
@@ -37,7 +48,8 @@ def autocast(args, device: torch.device):
     return context
 
 
-def amp_dtype(args, device: torch.device) -> torch.dtype:
+def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """Data type of mixed precision; "auto" is bfloat16 where the device computes in it, else float16."""
     if args.amp_dtype != "auto":
         return getattr(torch, args.amp_dtype)
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -46,33 +58,48 @@ def amp_dtype(args, device: torch.device) -> torch.dtype:
 
 
 def train_one_epoch(
-    net, loader, optimizer, schedule, criterion, *, args, epoch, process, scaler, mixup=None, ema=None, run_log=None
-) -> dict:
+    net: nn.Module,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    schedule: "Schedule",
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    *,
+    args: argparse.Namespace,
+    epoch: int,
+    process: Process,
+    scaler: torch.amp.GradScaler,
+    mixup: "Mixup | None" = None,
+    ema: "ModelEmaV3 | None" = None,
+    run_log: RunLog | None = None,
+) -> dict[str, float | None]:
     """Train for an epoch.
 
     An update averages the gradients of `update_freq` batches of every process. Batches at the end of the loader that
-    do not fill an update are dropped. No step waits for the device except to log.
+    do not fill an update are dropped. A step waits for a GPU only when it logs.
 
     Args:
-        net: the model, or it in DistributedDataParallel.
+        net: the model, bare or in DistributedDataParallel.
         loader: batches of images [B, 3, H, W] and classes [B].
-        schedule: learning rate and weight decay by update.
-        scaler: a GradScaler, enabled for float16 only.
-        mixup: timm's Mixup, or None.
-        ema: timm's ModelEmaV3, or None.
+        schedule: learning rate and weight decay at every update.
+        criterion: loss of logits [B, classes] and targets (classes [B], or [B, classes] with mixup).
+        epoch: counted from 0 over the whole run.
+        scaler: enabled for float16 only.
+        mixup: mixes images and targets; None: no mixing.
+        ema: average of the weights to update; None: none is kept.
+        run_log: receives the metrics of the steps that log.
 
     Returns:
-        Averages over the epoch and all processes: `loss`, `acc1` (without mixup), and the last `lr`, `weight_decay`,
-        `temperature` and `grad_norm`.
+        Averages over the epoch and all processes: `loss` and `acc1` (None with mixup), and the last `lr`,
+        `weight_decay`, `temperature` and `grad_norm`.
 
     Raises:
-        NonFiniteLoss: on all processes alike. No update was made from such a gradient.
+        NonFiniteLoss: in all processes at the same step. No update was made from such a gradient.
     """
     model = net.module if isinstance(net, DistributedDataParallel) else net
     device, steps = process.device, schedule.steps_per_epoch
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     temperature, (_, final) = None, temperature_range(model)
-    # sums stay on the device: loss, correct images, images
+    # sums of the loss, of correct images and of images, which stay on the device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     first_bad_step = torch.full((), -1.0, device=device)
     progress = Progress(f"epoch {epoch}", steps, args.batch_size * args.update_freq * process.world, device)
@@ -93,7 +120,7 @@ def train_one_epoch(
             classes = targets
             if mixup is not None:
                 images, targets = mixup(images, targets)
-            # the gradients of an update are exchanged once, in its last backward pass
+            # processes exchange the gradients of an update once, in its last backward pass
             waits = micro < args.update_freq - 1 and isinstance(net, DistributedDataParallel)
             with net.no_sync() if waits else contextlib.nullcontext():
                 with autocast(args, device):
@@ -113,7 +140,7 @@ def train_one_epoch(
         if args.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, grad_norm)
 
-        # float16 overflows now and then, which the scaler mends; then the loss alone decides
+        # In float16 the gradient overflows now and then, and the scaler skips that update. Then check the loss alone.
         finite = torch.isfinite(loss_of_update)
         if not scaler.is_enabled():
             finite = finite & torch.isfinite(grad_norm)
@@ -123,7 +150,7 @@ def train_one_epoch(
         first_bad_step = torch.where((first_bad_step < 0) & (bad > 0), float(update), first_bad_step)
         last = update == steps - 1
         logs = (update + 1) % args.log_interval == 0 or last
-        # asking the CPU costs nothing; a GPU is asked where the log waits for it, and skips bad updates until then
+        # On a CPU, check every update. On a GPU, check only when logging; the optimizer skips bad updates meanwhile.
         if logs or device.type == "cpu":
             _raise_if_bad(first_bad_step, epoch, steps)
         if scaler.is_enabled():
@@ -168,10 +195,10 @@ def _raise_if_bad(first_bad_step: torch.Tensor, epoch: int, steps: int) -> None:
         )
 
 
-def _on_device(loader, device: torch.device, channels_last: bool):
+def _on_device(loader: Iterable, device: torch.device, channels_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a loader on the device.
 
-    On a GPU they are copied by a stream of their own, while it still computes the step before.
+    For a GPU a separate stream copies them, while the GPU still computes the step before.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     for batch in loader:
@@ -181,12 +208,12 @@ def _on_device(loader, device: torch.device, channels_last: bool):
             current = torch.cuda.current_stream(device)
             current.wait_stream(stream)
             for tensor in batch:
-                # its memory must not be given to the next copy before this step is done with it
+                # keep the allocator from giving this memory to the next copy before this step has used it
                 tensor.record_stream(current)
         yield batch
 
 
-def _to_device(batch, device: torch.device, channels_last: bool):
+def _to_device(batch: Any, device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor]:
     images, targets = batch
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     images = images.to(device, non_blocking=True, memory_format=memory_format)
@@ -194,7 +221,9 @@ def _to_device(batch, device: torch.device, channels_last: bool):
 
 
 @torch.no_grad()
-def evaluate(model, loader, *, args, device, title="") -> dict:
+def evaluate(
+    model: nn.Module, loader: DataLoader, *, args: argparse.Namespace, device: torch.device, title: str = ""
+) -> dict[str, float]:
     """Top-1 and top-5 accuracy and cross-entropy; prints `* Acc@1 A Acc@5 B loss L`.
 
     Args:
@@ -205,6 +234,9 @@ def evaluate(model, loader, *, args, device, title="") -> dict:
     Returns:
         `acc1` and `acc5` in percent (with fewer than 5 classes, top that many), `loss`, and the integers `correct1`,
         `correct5` and `count`.
+
+    Raises:
+        UnreadableImage: some images to evaluate could not be read.
     """
     model.eval()
     images_seen = 0
@@ -225,7 +257,7 @@ def evaluate(model, loader, *, args, device, title="") -> dict:
     correct1, correct5, count = counts.tolist()
     expected = getattr(loader.dataset, "total", None) or count
     if count == 0 or count != expected:
-        raise UnreadableImage(f"{count} of {expected} images to evaluate could be read; mend the data set")
+        raise UnreadableImage(f"{count} of {expected} images to evaluate could be read; repair the data set")
     result = {"acc1": 100 * correct1 / count, "acc5": 100 * correct5 / count, "loss": loss_sum.item() / count}
     log(f"{title}* Acc@1 {result['acc1']:.3f} Acc@5 {result['acc5']:.3f} loss {result['loss']:.3f}")
     if not math.isfinite(result["loss"]):

@@ -4,12 +4,14 @@
     python -m torch.distributed.launch --nproc_per_node=8 main.py ...       (or torchrun, or srun)
     python main.py --kw_config CONFIG --eval true --resume CHECKPOINT --data_path IMAGENET
 
-A mistake in the options, the data or a checkpoint ends it with one line and exit code 2, before any training.
+A mistake in the options, the data or a checkpoint ends the run with one line and exit code 2, before any training.
 """
 
+import argparse
 import os
 import sys
 import time
+from typing import Any
 
 from command_line import parse_command_line
 from models.config import ConfigError
@@ -18,7 +20,7 @@ from models.threads import wait_briefly
 
 def main(argv: list[str] | None = None) -> int:
     """Run with the options of `argv` (None: the command line); returns the exit code."""
-    # before torch is loaded, which the options of methods need
+    # must come before torch is loaded, and reading the options of methods loads it
     wait_briefly()
     try:
         args, given = parse_command_line(argv)
@@ -43,12 +45,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fail(error: Exception, code: int = 2) -> int:
+    """Print an error in one line; returns the exit code."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
     return code
 
 
-def check_paths(args) -> None:
-    """Refuse paths that cannot be right, before anything slow."""
+def check_paths(args: argparse.Namespace) -> None:
+    """Refuse wrong paths and an odd batch size for mixing, before anything slow is done.
+
+    Raises:
+        ConfigError: names the option.
+    """
     for option in ("resume", "finetune"):
         path = getattr(args, option)
         if path and "://" not in path and not os.path.isfile(path):
@@ -65,11 +72,21 @@ def check_paths(args) -> None:
         raise ConfigError(f"--batch_size {args.batch_size} must be even, since mixup and cutmix mix pairs of images")
 
 
-def mixes(args) -> bool:
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether training images are mixed in pairs, by mixup or cutmix."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-def run(args, given: dict) -> None:
+def run(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Train or evaluate a model.
+
+    Args:
+        args: all options.
+        given: those of them that the command line, the config or the recipe gave.
+
+    Raises:
+        ConfigError: options, data or checkpoint do not fit each other.
+    """
     import torch
     from timm.data import Mixup
     from timm.loss import SoftTargetCrossEntropy
@@ -95,7 +112,7 @@ def run(args, given: dict) -> None:
     # data
     loaders = make_loaders(args, given, process)
 
-    # model: the same initial weights in every process, then a random stream of its own
+    # model: every process makes the same initial weights, and later gets a random stream of its own
     utils.set_seed(args.seed)
     config = {name: value for name, value in given.items() if name in MODEL_KEYS}
     try:
@@ -166,7 +183,7 @@ def run(args, given: dict) -> None:
         checkpoints.set_aside(output, start_epoch, fresh=checkpoint is None)
     run_log = utils.RunLog(args, start_epoch)
     if args.compile:
-        # in place: neither the keys of the weights nor the copy for the EMA change
+        # compile in place, which changes neither the keys of the state dict nor the EMA's copy of the model
         model.compile()
     net = model
     if process.world > 1:

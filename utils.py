@@ -1,5 +1,6 @@
-"""Distributed start-up, logs and the progress line."""
+"""Start of distributed processes, logs and the progress line."""
 
+import argparse
 import json
 import os
 import random
@@ -8,8 +9,10 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +27,12 @@ GPU_BACKEND = "nccl"
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those of the run.
+    """One process among those of the run.
 
     Args:
         rank, world: index of the process and number of processes.
-        local_rank, local_world: the same on this machine.
-        device: where the model lives.
+        local_rank, local_world: the same, counted on this machine alone.
+        device: device of the model.
     """
 
     rank: int
@@ -43,14 +46,17 @@ class Process:
         return self.rank == 0
 
 
-def read_launcher(args, env=os.environ) -> tuple[int, int, int, int, str]:
-    """What the launcher says: rank, world, local rank, local world, and the address at which the processes meet.
+def read_launcher(args: argparse.Namespace, env: Mapping[str, str] = os.environ) -> tuple[int, int, int, int, str]:
+    """Read the environment variables that the launcher of the processes set.
 
-    Understands torchrun and torch.distributed.launch (RANK, WORLD_SIZE, LOCAL_RANK or --local-rank), Open MPI
-    (with --dist_on_itp) and SLURM's steps; without any of them there is one process.
+    Known launchers are torchrun and torch.distributed.launch (RANK, WORLD_SIZE, LOCAL_RANK or --local-rank), Open MPI
+    (with --dist_on_itp) and SLURM's steps. Without any of them there is one process.
+
+    Returns:
+        Rank, world, local rank, local world (see `Process`), and the address at which the processes meet.
 
     Raises:
-        ConfigError: several processes are asked for, and no launcher says which of them this one is.
+        ConfigError: the options imply several processes, and no launcher gives the rank of this one.
     """
     url = args.dist_url
     if args.dist_on_itp and "OMPI_COMM_WORLD_RANK" in env:
@@ -73,7 +79,7 @@ def read_launcher(args, env=os.environ) -> tuple[int, int, int, int, str]:
         world = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
         nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", 1)))
         if url == "env://":
-            # every task works out the same address: rank 0 runs on the first node of the step
+            # every task derives the same address, because rank 0 runs on the first node of the step
             hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST", "")
             host = env.get("MASTER_ADDR") or first_host(hosts) or env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
             port = env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000
@@ -92,8 +98,8 @@ def read_launcher(args, env=os.environ) -> tuple[int, int, int, int, str]:
     return 0, 1, max(args.local_rank, 0), 1, url
 
 
-def in_slurm_step(env=os.environ) -> bool:
-    """Whether srun started this process; the script of a job, which runs alone, has a SLURM_PROCID of 0, too."""
+def in_slurm_step(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether srun started this process. A job's batch script runs alone, but it has a SLURM_PROCID of 0, too."""
     step = {"SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS"} & set(env)
     return "SLURM_PROCID" in env and (bool(step) or int(env["SLURM_PROCID"]) > 0)
 
@@ -104,11 +110,11 @@ def first_host(hosts: str) -> str:
     return "".join(part or "" for part in match.groups())
 
 
-def start_processes(args) -> Process:
-    """Pick the device and join the other processes: NCCL for tensors on GPUs, gloo for those on the CPU.
+def start_processes(args: argparse.Namespace) -> Process:
+    """Choose the device and join the other processes, by NCCL for tensors on GPUs and by gloo for those on the CPU.
 
     Raises:
-        ConfigError: where the device does not exist.
+        ConfigError: the device does not exist, or no launcher gives the rank of this process.
     """
     rank, world, local_rank, local_world, url = read_launcher(args)
     name = args.device
@@ -119,7 +125,7 @@ def start_processes(args) -> Process:
     if name.startswith("cuda"):
         index = int(name.partition(":")[2] or local_rank) if world == 1 else local_rank
         if torch.cuda.device_count() == 1 and "LOCAL_RANK" not in os.environ:
-            # srun and mpirun can show each process a GPU of its own
+            # under srun and mpirun each process may see one GPU only, which is its own
             index = 0
         if index >= torch.cuda.device_count():
             raise ConfigError(
@@ -132,7 +138,7 @@ def start_processes(args) -> Process:
     if world > 1:
         on_gpu = device.type == "cuda"
         dist.init_process_group(
-            # an average of the weights may be kept on the CPU
+            # gloo as well, since the EMA of the weights may be kept on the CPU
             f"cpu:gloo,cuda:{GPU_BACKEND}" if on_gpu else "gloo",
             init_method=url,
             rank=rank,
@@ -143,6 +149,7 @@ def start_processes(args) -> Process:
 
 
 def is_main_process() -> bool:
+    """Whether this is the first process, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -162,22 +169,22 @@ def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 def in_parallel(model: torch.nn.Module, device: torch.device) -> torch.nn.parallel.DistributedDataParallel:
     """The model with its gradients averaged over the processes.
 
-    Buffers are not sent around in every forward pass: each process averages the BatchNorm statistics of its own images,
-    and `synchronise_buffers` makes them one.
+    Buffers are not broadcast in every forward pass: each process averages the BatchNorm statistics of its own images,
+    until `synchronise_buffers` makes them equal.
     """
     devices = [device] if device.type == "cuda" else None
     return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
 def synchronise_buffers(*modules: torch.nn.Module) -> None:
-    """Give every process the first one's buffers: they are saved, and all must evaluate with those."""
+    """Give every process the buffers of the first one, which are saved and with which all processes must evaluate."""
     if dist.is_initialized():
         for module in modules:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
 
 
-def gather(value) -> list:
+def gather(value: Any) -> list[Any]:
     """`value` of every process, in order of rank."""
     if not dist.is_initialized():
         return [value]
@@ -202,6 +209,7 @@ def make_folder(path: str) -> Path:
 
 
 def set_seed(seed: int) -> None:
+    """Seed the random generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -217,13 +225,13 @@ class RunLog:
 
     Args:
         args: options `output_dir`, `log_dir`, `enable_wandb`, `project`, `wandb_ckpt`.
-        start_epoch: first epoch of this run; lines from it on, of an earlier attempt, are dropped.
+        start_epoch: first epoch of this run; lines that an earlier attempt wrote for it and later epochs are dropped.
 
     Raises:
-        ConfigError: a logger that was asked for is not installed.
+        ConfigError: the options name a logger that is not installed.
     """
 
-    def __init__(self, args, start_epoch: int):
+    def __init__(self, args: argparse.Namespace, start_epoch: int) -> None:
         self.path = Path(args.output_dir) / "log.txt" if args.output_dir and is_main_process() else None
         self.tensorboard = self.wandb = None
         self.upload = args.wandb_ckpt
@@ -249,23 +257,23 @@ class RunLog:
         kept = [line for line in lines if _epoch_of(line) in range(epoch)]
         if len(kept) == len(lines):
             return
-        # a log that starts again is a new one; the old one stays beside it
+        # where no line is kept a new log begins, and the old one is kept under another name
         if not kept:
             shutil.copy2(self.path, self.path.with_name(f"log-{time.strftime('%Y%m%d-%H%M%S')}.txt"))
         temporary = self.path.with_name(f".log.{os.getpid()}.tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, self.path)
 
-    def step(self, step: int, metrics: dict) -> None:
-        """Metrics during an epoch, by number of update."""
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Log metrics during an epoch; `step` is the number of updates so far."""
         if self.tensorboard is not None:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)
 
-    def epoch(self, step: int, metrics: dict) -> None:
-        """Metrics of a whole epoch."""
+    def epoch(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Log metrics of a whole epoch; `step` is the number of updates so far."""
         self.step(step, {f"epoch/{name}": value for name, value in metrics.items() if value is not None})
         if self.path is None:
             return
@@ -278,10 +286,12 @@ class RunLog:
             print(f"warning: {self.path} was not written ({error.strerror})", file=sys.stderr, flush=True)
 
     def checkpoint(self, path: Path) -> None:
+        """Upload a checkpoint to Weights & Biases, where `wandb_ckpt` is set."""
         if self.wandb is not None and self.upload:
             self.wandb.save(str(path))
 
     def close(self) -> None:
+        """Finish the logs of TensorBoard and Weights & Biases."""
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
@@ -302,15 +312,16 @@ class Progress:
         title: what is running.
         total: number of steps.
         images: images per step over all processes, for the speed.
+        device: device whose greatest memory is shown.
     """
 
-    def __init__(self, title: str, total: int, images: int, device: torch.device):
+    def __init__(self, title: str, total: int, images: int, device: torch.device) -> None:
         self.title, self.total, self.images, self.device = title, total, images, device
         self.start = time.perf_counter()
         self.on_terminal = sys.stdout.isatty()
 
     def update(self, done: int, text: str) -> None:
-        """Show that `done` steps are behind us; `text` holds the metrics."""
+        """Show that `done` steps are complete; `text` holds the metrics."""
         if not is_main_process():
             return
         elapsed = time.perf_counter() - self.start

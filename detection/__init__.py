@@ -1,5 +1,5 @@
 """Object detection and instance segmentation with mmdetection, on the models of this project.
 
-Importing `detection.backbones`, `detection.optimizers`, `detection.hooks` and `detection.datasets` registers them with
-mmdetection; the configs do it by `custom_imports`.
+Importing `detection.backbones`, `detection.optimizers` and `detection.hooks` registers their classes with mmdetection;
+the configs do so by `custom_imports`.
 """

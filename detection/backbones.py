@@ -1,7 +1,9 @@
 """Any classification model of this project as the backbone of an mmdetection detector."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from mmdet.models import FasterRCNN, MaskRCNN
@@ -15,7 +17,7 @@ from models import build_model, load_weights, set_temperature, temperature_range
 from models.config import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
-# BatchNorm's statistics of fewer images than this are too noisy to train with
+# with fewer images per process, BatchNorm's statistics are too noisy to train with
 LEAST_BATCH = 8
 
 
@@ -23,38 +25,43 @@ LEAST_BATCH = 8
 class ClassificationBackbone(BaseModule):
     """The feature maps of a classification model, from stride 4 on.
 
-    Input [B, 3, H, W]; output a tuple of [B, channels[i], H / stride, W / stride], stage by stage.  The map of the
-    last stage is what the classifier pools (so MobileNetV2's has 1280 channels).  Temperatures are the last ones.
+    Input [B, 3, H, W]; output a tuple of [B, channels[i], H / stride, W / stride], one map for each of `out_indices`.
+    The map of the last stage is the one that the classifier pools (so MobileNetV2's has 1280 channels). The temperature
+    is the last one of the training schedule, and stays there.
 
-    config: of a classification model: a path (also relative to the project), a dict, or a timm name.
-    out_indices: stages to give out, counted from 0 at stride 4.
-    frozen_stages: the stem and so many stages are frozen (0: the stem, -1: nothing), with their attentions and every
-        warehouse that they use.
-    freeze_warehouses: False lets the cells of frozen stages train, as in the released code of KernelWarehouse.
-    norm_eval: BatchNorm, that of attentions included, uses its running statistics.
-    sync_bn: BatchNorm's statistics are those of all processes.
-    drop_path: rate of stochastic depth; the classification config's own is for longer training.
-    num_classes: of the classifier, which is dropped; matters only where it shares a warehouse with other layers.
-    init_cfg: dict(type="Pretrained", checkpoint=PATH) with a classification checkpoint of this project or a released
-        one; None for random weights.
-    overrides: other keys that win over the config's, such as layer_scale_init_value.
+    Args:
+        config: a classification config: a path (may be relative to the project), a dict, or a timm name.
+        out_indices: stages whose maps are returned, counted from 0 at stride 4.
+        frozen_stages: number of stages to freeze after the stem, with their attentions and every warehouse that they
+            use; 0 freezes the stem alone, -1 nothing.
+        freeze_warehouses: False leaves the cells of frozen stages trainable, as in the released code of
+            KernelWarehouse.
+        norm_eval: keep every BatchNorm, also those of attentions, on its running statistics.
+        sync_bn: compute BatchNorm's statistics over all processes.
+        drop_path: rate of stochastic depth; replaces the classification config's, which is for longer training.
+        num_classes: size of the classifier, which is dropped. It matters only where the classifier shares a warehouse
+            with other layers.
+        init_cfg: dict(type="Pretrained", checkpoint=PATH) with a classification checkpoint of this project or a
+            released one; None: random weights.
+        overrides: keys that override the config's, such as layer_scale_init_value.
 
-    Raises ConfigError for a model that has no such feature maps, and for a checkpoint of another model.
+    Raises:
+        ConfigError: the model has no such feature maps, or an argument does not fit it.
     """
 
     def __init__(
         self,
-        config,
-        out_indices=(0, 1, 2, 3),
-        frozen_stages=-1,
-        freeze_warehouses=True,
-        norm_eval=False,
-        sync_bn=False,
-        drop_path=0.0,
-        num_classes=1000,
-        init_cfg=None,
-        **overrides,
-    ):
+        config: str | Path | dict[str, Any],
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        freeze_warehouses: bool = True,
+        norm_eval: bool = False,
+        sync_bn: bool = False,
+        drop_path: float = 0.0,
+        num_classes: int = 1000,
+        init_cfg: dict[str, Any] | None = None,
+        **overrides: Any,
+    ) -> None:
         super().__init__(init_cfg)
         if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}):
             raise ConfigError(f"init_cfg {dict(init_cfg)}: use None or dict(type='Pretrained', checkpoint=PATH)")
@@ -82,13 +89,13 @@ class ClassificationBackbone(BaseModule):
         self.frozen = self._freeze([stage["module"] for stage in stages], frozen_stages, freeze_warehouses)
         self.train()
 
-    def _features(self, x):
+    def _features(self, x: torch.Tensor) -> list[torch.Tensor]:
         if not self.whole:
             return self.model.forward_intermediates(x, indices=self.indices, stop_early=True, intermediates_only=True)
         last, features = self.model.forward_intermediates(x, indices=self.indices)
         return [*features[:-1], last]
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.training and not self.warned and len(x) < LEAST_BATCH:
             self.warned = True
             if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
@@ -99,10 +106,10 @@ class ClassificationBackbone(BaseModule):
                 )
         return tuple(self._features(x))
 
-    def _drop_unused(self):
-        """Replace what no feature map depends on, and return the names.
+    def _drop_unused(self) -> list[str]:
+        """Drop the modules and the warehouses that no feature map depends on; returns their names.
 
-        A parameter without a gradient would stop DistributedDataParallel.
+        Their parameters would get no gradient, and DistributedDataParallel would stop with an error.
         """
         model, called = self.model, set()
         hooks = [m.register_forward_hook(lambda module, *_: called.add(id(module))) for m in model.modules()]
@@ -128,8 +135,17 @@ class ClassificationBackbone(BaseModule):
                 dropped.append(name)
         return dropped
 
-    def _freeze(self, stages, count, warehouses):
-        """Freeze the stem and so many of the stages (names of modules); returns the modules that stay in eval mode."""
+    def _freeze(self, stages: list[str], count: int, warehouses: bool) -> list[str]:
+        """Freeze the stem and the first stages.
+
+        Args:
+            stages: module names of all stages.
+            count: number of stages to freeze; below 0: not even the stem.
+            warehouses: freeze also the warehouses that the frozen layers use.
+
+        Returns:
+            Names of the modules that must stay in evaluation mode.
+        """
         if count < 0:
             return []
         # timm registers modules in the order in which they are called
@@ -149,7 +165,7 @@ class ClassificationBackbone(BaseModule):
         later = names[end:]
         return [name for name in names[1:end] if not any(other.startswith(f"{name}.") for other in later)]
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         for name in self.frozen if mode else ():
             self.model.get_submodule(name).eval()
@@ -159,8 +175,12 @@ class ClassificationBackbone(BaseModule):
                     module.eval()
         return self
 
-    def init_weights(self):
-        """Load the checkpoint of init_cfg, without its classifier and otherwise strictly.  Raises ConfigError."""
+    def init_weights(self) -> None:
+        """Load the checkpoint of `init_cfg`, without its classifier and otherwise strictly.
+
+        Raises:
+            ConfigError: the checkpoint is of another model, or cannot be read.
+        """
         if self.init_cfg is None:
             return
         path = self.init_cfg["checkpoint"]
@@ -171,8 +191,8 @@ class ClassificationBackbone(BaseModule):
             raise ConfigError(f"{path}: {error}") from None
 
 
-def _config(config):
-    """What `build_model` takes: a path that exists, a dict, or that of a timm name."""
+def _config(config: str | Path | dict[str, Any]) -> str | Path | dict[str, Any]:
+    """The config as `build_model` takes it: a timm name becomes a dict, a path may be relative to the project."""
     if not isinstance(config, (str, Path)):
         return config
     if not str(config).endswith(".json"):
@@ -180,8 +200,8 @@ def _config(config):
     return ROOT / config if not Path(config).exists() and (ROOT / config).exists() else config
 
 
-def _stages(model, name):
-    """timm's description of every feature map from stride 4 on, with its `index` among all."""
+def _stages(model: nn.Module, name: str) -> list[dict[str, Any]]:
+    """timm's description of every feature map from stride 4 on, each with its `index` among the maps of all strides."""
     if not hasattr(model, "feature_info") or not hasattr(model, "forward_intermediates"):
         raise ConfigError(f"{name} gives no feature maps (timm's forward_intermediates); use another model")
     info = model.feature_info
@@ -196,9 +216,9 @@ def _stages(model, name):
 
 
 class _FitsBackbone:
-    """A detector whose neck takes the channels of the backbone, so that no config repeats them."""
+    """Mixin for a detector: sets the neck's in_channels to the backbone's, so that no config repeats them."""
 
-    def __init__(self, *args, neck=None, **kwargs):
+    def __init__(self, *args: Any, neck: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, neck=None, **kwargs)
         if neck is not None:
             self.neck = MODELS.build({"in_channels": self.backbone.channels, **neck})

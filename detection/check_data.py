@@ -1,30 +1,39 @@
-"""Checks a COCO data set, and says what is wrong with it before any training."""
+"""Check a COCO data set before any training, and name what is wrong with it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmdet.registry import DATASETS
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from PIL import Image
 
 from models.config import ConfigError
 
-# data sets of at most so many images are decoded whole; of larger ones the start and the end of every file are read
+# Data sets of at most this many images are decoded whole. In larger ones only the header and the end of every file are
+# read.
 DECODED = 1000
+# bytes that end a complete file, by format
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 
-def check_data(cfg, phases=("train", "val")):
-    """Raise ConfigError, which names the file, for annotations and images that training would fail on or pass over.
+def check_data(cfg: Config, phases: Sequence[str] = ("train", "val")) -> None:
+    """Refuse annotations and images that training would fail on or silently leave out.
 
-    cfg: an mmengine config; phases: of its data loaders, "train", "val" or "test".
+    Args:
+        cfg: config of a detector.
+        phases: data loaders to check, each "train", "val" or "test". One that the config lacks is skipped.
+
+    Raises:
+        ConfigError: names the file and what is wrong with it.
     """
     for phase in phases:
         loader = cfg.get(f"{phase}_dataloader")
         if loader is None:
             continue
         dataset = loader["dataset"]
-        # wrappers such as RepeatDataset hold the data set
+        # a wrapper such as RepeatDataset holds the data set in a `dataset` of its own
         while "ann_file" not in dataset and isinstance(dataset.get("dataset"), (dict, ConfigDict)):
             dataset = dataset["dataset"]
         try:
@@ -36,12 +45,12 @@ def check_data(cfg, phases=("train", "val")):
             ) from None
 
 
-def _classes_of_head(model):
+def _classes_of_head(model: ConfigDict) -> int | None:
     head = (model.get("roi_head") or {}).get("bbox_head") or {}
     return head.get("num_classes")
 
 
-def _check(dataset, phase, num_classes):
+def _check(dataset: ConfigDict, phase: str, num_classes: int | None) -> None:
     root = Path(dataset.get("data_root") or "")
     path = root / dataset["ann_file"]
     content = _read(path, phase)
@@ -67,7 +76,7 @@ def _check(dataset, phase, num_classes):
         _check_image(folder / image["file_name"], image, path, whole=len(ids) <= DECODED)
 
 
-def _read(path, phase):
+def _read(path: Path, phase: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(
             f"{phase} annotations '{path}': no such file; set {phase}_dataloader.dataset.data_root and ann_file"
@@ -81,8 +90,11 @@ def _read(path, phase):
     return content
 
 
-def _check_categories(path, content, dataset, num_classes):
-    """mmdetection leaves out objects of other categories, and numbers labels in the order of the file."""
+def _check_categories(path: Path, content: dict[str, Any], dataset: ConfigDict, num_classes: int | None) -> None:
+    """Compare the categories of a file with the classes of the config, and their number with that of the heads.
+
+    mmdetection leaves out objects of other categories without an error, and numbers labels in the order of the file.
+    """
     names = [category["name"] for category in content["categories"]]
     classes = (dataset.get("metainfo") or {}).get("classes") or DATASETS.get(dataset["type"]).METAINFO["classes"]
     classes = [classes] if isinstance(classes, str) else list(classes)
@@ -100,7 +112,7 @@ def _check_categories(path, content, dataset, num_classes):
         )
 
 
-def _check_image(path, image, annotations, whole):
+def _check_image(path: Path, image: dict[str, Any], annotations: Path, whole: bool) -> None:
     if not path.is_file():
         raise ConfigError(f"image '{path}' is listed in {annotations} and does not exist")
     try:
@@ -112,11 +124,11 @@ def _check_image(path, image, annotations, whole):
             with path.open("rb") as file:
                 file.seek(0, 2)
                 file.seek(max(0, file.tell() - 1024))
-                # some cameras write on after the end
+                # some cameras append data after the end marker
                 if end not in file.read():
                     raise OSError("it is truncated")
     except Exception as error:
-        # decoders raise anything
+        # image decoders raise exceptions of any type
         raise ConfigError(f"image '{path}' cannot be read: {str(error) or type(error).__name__}") from None
     if size != (image.get("width"), image.get("height")):
         raise ConfigError(

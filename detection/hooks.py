@@ -1,7 +1,8 @@
-"""Checkpoints of detectors: read without running code, written so that a crash never leaves a damaged one."""
+"""Checkpoints of detectors: reading one never runs code, and a crash while writing never leaves a damaged one."""
 
 import re
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 from mmdet.registry import HOOKS
@@ -9,16 +10,18 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader
+from torch import nn
 
 from checkpoints import newest, read, replace_checkpoint
 from models.config import ConfigError
 
 
 class AtomicBackend(LocalBackend):
-    """Local files; a file that is written replaces the old one only when it is whole and reads back."""
+    """Local files; a new file replaces the old one only after it was written whole and read back."""
 
-    def put(self, obj, filepath):
+    def put(self, obj: bytes, filepath: str | Path) -> None:
         path = Path(filepath)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_checkpoint(path, lambda file: file.write(obj))
@@ -27,22 +30,25 @@ class AtomicBackend(LocalBackend):
 register_backend("atomic", AtomicBackend, force=True)
 
 
-def _read(filename, map_location=None):
+def _read(filename: str, map_location: Any = None) -> dict[str, Any]:
     return read(filename)
 
 
-def _refuse(filename, map_location=None):
+def _refuse(filename: str, map_location: Any = None) -> NoReturn:
     raise ConfigError(f"{filename}: fetch the file and give its path; files of this kind could run code")
 
 
-# mmengine's own loaders unpickle whatever they get
+# mmengine's own loaders unpickle any file, which can run code
 CheckpointLoader.register_scheme(["", "http://", "https://"], loader=_read, force=True)
 CheckpointLoader.register_scheme([p for p in CheckpointLoader._schemes if p not in ("", "http://", "https://")],
                                  loader=_refuse, force=True)  # fmt: skip
 
 
-def plain(value):
-    """A value with its arrays, numbers of NumPy and buffers as lists, numbers and dicts; anything else as text."""
+def plain(value: Any) -> Any:
+    """Convert a value to plain data, which torch reads back without running code.
+
+    NumPy's arrays and numbers and mmengine's history buffers become lists, numbers and dicts, other objects text.
+    """
     if isinstance(value, HistoryBuffer):
         history, counts = value.data
         return {"history": history.tolist(), "counts": counts.tolist(), "max_length": value.max_length}
@@ -59,12 +65,20 @@ def plain(value):
 
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
-    """mmengine's hook, with files that torch reads back as plain data, that are whole, and of which two are left.
+    """mmengine's `CheckpointHook`, with files of plain data that a crash never damages, and at least two of them.
 
-    Arguments are those of `CheckpointHook`; max_keep_ckpts is at least 2, or -1 for all.
+    Args:
+        args, kwargs: other arguments of `CheckpointHook`.
+        max_keep_ckpts: number of checkpoints to keep, at least 2; -1 keeps all.
+        backend_args: where files are written; None: by `AtomicBackend`.
+
+    Raises:
+        ConfigError: `max_keep_ckpts` is 0 or 1.
     """
 
-    def __init__(self, *args, max_keep_ckpts=3, backend_args=None, **kwargs):
+    def __init__(
+        self, *args: Any, max_keep_ckpts: int = 3, backend_args: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if 0 <= max_keep_ckpts < 2:
             raise ConfigError(
                 f"max_keep_ckpts {max_keep_ckpts}: a crash could leave none; use 2 or more, or -1 for all"
@@ -72,26 +86,34 @@ class SafeCheckpointHook(CheckpointHook):
         backend_args = {"backend": "atomic"} if backend_args is None else backend_args
         super().__init__(*args, max_keep_ckpts=max_keep_ckpts, backend_args=backend_args, **kwargs)
 
-    def before_save_checkpoint(self, runner, checkpoint):
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Convert the entries that mmengine would pickle to plain data."""
         for key in ("meta", "message_hub"):
             checkpoint[key] = plain(checkpoint.get(key, {}))
 
-    def after_load_checkpoint(self, runner, checkpoint):
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits, and restore the history buffers that `plain` converted."""
         self.require_detector(runner.model.module if is_model_wrapper(runner.model) else runner.model, checkpoint)
         scalars = checkpoint.get("message_hub", {}).get("log_scalars", {})
         for key, value in scalars.items():
             scalars[key] = HistoryBuffer(value["history"], value["counts"], value["max_length"])
 
     @staticmethod
-    def require_detector(model, checkpoint):
-        """Raise ConfigError unless a checkpoint is this detector's, whole: mmengine would load what fits and go on."""
+    def require_detector(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that is not a complete one of this detector.
+
+        mmengine would load the entries that fit, and continue without the others.
+
+        Raises:
+            ConfigError: the checkpoint is of a classifier or of another detector, or carries code.
+        """
         if not isinstance(checkpoint.get("meta"), dict) or not isinstance(checkpoint.get("state_dict"), dict):
             raise ConfigError(
                 f"the checkpoint holds {', '.join(map(str, list(checkpoint)[:5]))} and not what a detector saves; give "
                 "a classification checkpoint by --cfg-options model.backbone.init_cfg.checkpoint=PATH"
             )
         if "config" in checkpoint["meta"]:
-            # mmengine evaluates this text as Python
+            # mmengine runs this text as Python code
             raise ConfigError(
                 "the checkpoint carries code in meta['config']; remove that entry if you trust where it comes from"
             )
@@ -105,10 +127,11 @@ class SafeCheckpointHook(CheckpointHook):
             )
 
 
-def newest_detector(folder):
+def newest_detector(folder: str | Path) -> Path | None:
     """The newest good checkpoint of a work directory, or None where there is none at all.
 
-    Raises ConfigError where there are checkpoints and none is good.
+    Raises:
+        ConfigError: there are checkpoints, and none is good.
     """
     found = ((re.fullmatch(r"(?:epoch|iter)_(\d+)\.pth", path.name), path) for path in Path(folder).glob("*.pth"))
     numbered = sorted((int(match[1]), path) for match, path in found if match)

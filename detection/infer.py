@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw the boxes and masks that a detector finds into pictures.
+"""Draw the boxes and masks that a detector finds in images.
 
 python detection/infer.py IMAGE [IMAGE ...] CONFIG CHECKPOINT --out-dir OUT
 """
@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-# the project, not this folder, whose names would hide others
+# import from the project, not from this folder, whose file names would hide other modules
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from models.threads import wait_briefly
 
@@ -19,7 +19,9 @@ import torch
 from mmdet.apis import inference_detector
 from mmdet.registry import DATASETS, MODELS, VISUALIZERS
 from mmdet.utils import register_all_modules
+from mmengine.config import Config
 from PIL import Image
+from torch import nn
 
 from checkpoints import read
 from detection import tools
@@ -27,14 +29,18 @@ from detection.hooks import SafeCheckpointHook
 from models.config import ConfigError
 
 
-def load_detector(cfg, checkpoint, device):
-    """The detector of a config with the weights of a checkpoint, in eval mode.  Raises ConfigError."""
+def load_detector(cfg: Config, checkpoint: str, device: str) -> nn.Module:
+    """The detector of a config with the weights of a checkpoint, in evaluation mode.
+
+    Raises:
+        ConfigError: the checkpoint cannot be read, or is not one of this detector.
+    """
     cfg.model.backbone.init_cfg = None
     model = MODELS.build(cfg.model)
     content = read(checkpoint)
     SafeCheckpointHook.require_detector(model, content)
     model.load_state_dict(content["state_dict"])
-    # what inference_detector and the visualizer read
+    # inference_detector and the visualizer read these attributes
     model.cfg, model.dataset_meta = cfg, content["meta"].get("dataset_meta") or {}
     classes = model.dataset_meta.get("classes")
     if classes is None:
@@ -42,7 +48,7 @@ def load_detector(cfg, checkpoint, device):
     return model.to(device).eval()
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument("config")
@@ -50,7 +56,7 @@ def main():
     parser.add_argument(
         "--out-dir", type=Path, default=Path("detections"), help="folder for NAME.png; default %(default)s"
     )
-    parser.add_argument("--score", type=float, default=0.3, help="least score of what is drawn; default %(default)s")
+    parser.add_argument("--score", type=float, default=0.3, help="lowest score of a drawn object; default %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.launcher, args.cfg_options, args.work_dir, args.local_rank = "none", None, None, 0
@@ -66,7 +72,7 @@ def main():
                 opened.load()
             picture = cv2.imread(name)
         except Exception as error:
-            # decoders raise anything
+            # image decoders raise exceptions of any type
             raise ConfigError(f"image '{name}' cannot be read: {str(error) or type(error).__name__}") from None
         result = inference_detector(model, picture)
         args.out_dir.mkdir(parents=True, exist_ok=True)

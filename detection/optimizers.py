@@ -1,19 +1,27 @@
 """Layer-wise decay of the learning rate for detectors on ConvNeXt."""
 
 import re
+from typing import Any
 
 from mmdet.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.optim import DefaultOptimWrapperConstructor
+from torch import nn
 
 from models import warehouse_stages
 from models.config import ConfigError
 
-# of the backbone; whatever is not in it learns at the full rate
+# groups of the backbone, before the last one, which learns at the full rate and holds everything outside the backbone
 GROUPS = 6
 
 
-def group_of(layer):
-    """Group, from 0, of a layer of ConvNeXt-Tiny by its name: stem, stages 1 and 2, the third in threes, the fourth."""
+def group_of(layer: str) -> int:
+    """Group of a layer of ConvNeXt-Tiny, by its name.
+
+    Group 0 is the stem, 1 and 2 are the first two stages, 3 to 5 three blocks each of the third stage, 6 is the fourth.
+
+    Raises:
+        ConfigError: ConvNeXt has no such layer.
+    """
     if layer.startswith("stem"):
         return 0
     match = re.match(r"stages\.(\d+)\.(?:blocks\.(\d+))?", layer)
@@ -25,14 +33,23 @@ def group_of(layer):
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecay(DefaultOptimWrapperConstructor):
-    """A group k steps before the head learns decay_rate^k as fast; biases, norms and other 1-d parameters do not decay.
+    """Layer-wise decay: the learning rate of a group k steps before the head is multiplied by decay_rate^k.
 
-    paramwise_cfg: dict(decay_rate=...).  A warehouse is of the group of most of its layers.  As the released code of
-    KernelWarehouse does: warehouses_at_full_rate=True takes them out of the groups, decay_layer_scale=True lets layer
-    scales decay.
+    A warehouse belongs to the group of most of its layers. Biases, norms and other 1-d parameters have no weight decay.
+
+    Args:
+        optim_wrapper_cfg: mmengine's config of the optimizer.
+        paramwise_cfg: dict of `decay_rate` and two settings that are False by default, and True in the released code
+            of KernelWarehouse: `warehouses_at_full_rate` takes the warehouses out of the groups, and
+            `decay_layer_scale` applies weight decay to layer scales.
     """
 
-    def add_params(self, params, module, **kwargs):
+    def add_params(self, params: list[dict[str, Any]], module: nn.Module, **kwargs: Any) -> None:
+        """Append the parameter groups of a detector to `params`; called by mmengine.
+
+        Raises:
+            ConfigError: `paramwise_cfg` lacks `decay_rate` or has an unknown key.
+        """
         settings = {"warehouses_at_full_rate": False, "decay_layer_scale": False, **self.paramwise_cfg}
         if set(settings) != {"decay_rate", "warehouses_at_full_rate", "decay_layer_scale"}:
             raise ConfigError(

@@ -7,7 +7,7 @@ python detection/test.py CONFIG CHECKPOINT
 import sys
 from pathlib import Path
 
-# the project, not this folder, whose names would hide others
+# import from the project, not from this folder, whose file names would hide other modules
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from models.threads import wait_briefly
 
@@ -21,20 +21,20 @@ from detection import tools
 from models.config import ConfigError
 
 
-def main():
+def main() -> None:
     parser = tools.parser(__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument("--out", help="file (.pkl) for the predictions")
     parser.add_argument("--show", action="store_true", help="show predictions")
     parser.add_argument("--show-dir", help="folder, in the work directory, for images with predictions")
-    parser.add_argument("--wait-time", type=float, default=2, help="seconds for which one is shown")
+    parser.add_argument("--wait-time", type=float, default=2, help="seconds for which each image is shown")
     args = parser.parse_args()
     tools.require_checkpoint(args.checkpoint)
     if args.out and not args.out.endswith((".pkl", ".pickle")):
         raise ConfigError(f"--out {args.out}: the name must end in .pkl")
     cfg = tools.read_config(args)
     cfg.load_from, cfg.resume = args.checkpoint, False
-    # its weights are about to be replaced
+    # the checkpoint replaces these weights, so they need not be loaded
     cfg.model.backbone.init_cfg = None
     if args.show or args.show_dir:
         cfg = trigger_visualization_hook(cfg, args)

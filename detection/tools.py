@@ -1,9 +1,10 @@
-"""What the commands of this folder share: options, configs, and errors of one line."""
+"""Shared by the commands of this folder: options, configs, and one-line errors."""
 
 import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from models.config import ConfigError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def parser(description):
-    """The options that training and testing share; mmdetection's own."""
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser of the options that training and testing share, named as in mmdetection."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="a config of detection/configs")
     parser.add_argument("--work-dir", help="folder for logs and checkpoints; default work_dirs/NAME_OF_CONFIG")
@@ -25,20 +26,24 @@ def parser(description):
         nargs="+",
         action=DictAction,
         metavar="KEY=VALUE",
-        help="settings that win over the config's, such as train_dataloader.batch_size=4",
+        help="settings that override the config's, such as train_dataloader.batch_size=4",
     )
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
-    # torch.distributed.launch gives it
+    # torch.distributed.launch passes this option
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
-def read_config(args):
-    """The config of a command line.  Raises ConfigError."""
+def read_config(args: argparse.Namespace) -> Config:
+    """The config that a command line names, with the options of the command line merged into it.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be read as a config.
+    """
     if "LOCAL_RANK" not in os.environ:
         os.environ["LOCAL_RANK"] = str(args.local_rank)
     path = Path(args.config)
-    # a Python config is code
+    # mmengine runs the file as Python code
     if path.suffix != ".py" or not path.is_file():
         raise ConfigError(f"config '{path}': {'not a .py file' if path.is_file() else 'no such file'}")
     try:
@@ -55,36 +60,37 @@ def read_config(args):
     return cfg
 
 
-def join(cfg):
-    """Meet the other processes of a distributed run where there is no GPU: mmengine takes one for granted."""
+def join(cfg: Config) -> None:
+    """Join the other processes of a distributed run on machines without a GPU; mmengine itself does so only on GPUs."""
     if cfg.launcher == "pytorch" and not torch.cuda.is_available():
         torch.distributed.init_process_group("gloo")
         wrapper = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
         cfg.model_wrapper_cfg = {**wrapper, **(cfg.get("model_wrapper_cfg") or {})}
 
 
-def require_checkpoint(path):
+def require_checkpoint(path: str) -> None:
+    """Raise ConfigError where a local file does not exist; a URL is not checked here."""
     if "://" not in path and not os.path.isfile(path):
         raise ConfigError(f"checkpoint '{path}': no such file")
 
 
-def check(cfg, phases):
-    """`check_data`, on the first process of a host; the others would only do it again."""
+def check(cfg: Config, phases: Sequence[str]) -> None:
+    """Run `check_data` on the first process of a machine; the others would only repeat it."""
     if int(os.environ["LOCAL_RANK"]) == 0:
         check_data(cfg, phases)
 
 
-def run(main):
-    """Run a command; a mistake of the user ends it with one line and exit code 2."""
+def run(main: Callable[[], None]) -> None:
+    """Run a command; a user's mistake ends it with one line and exit code 2."""
     try:
         main()
     except ConfigError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        # the other processes of a distributed run wait for this one
+        # in a distributed run the other processes wait for this one, so exit at once
         os._exit(2) if "RANK" in os.environ else sys.exit(2)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         logging.shutdown()
         sys.stdout.flush()
-        # threads of gloo that still hold Python objects abort an interpreter that is taken down beneath them
+        # gloo's threads may still hold Python objects, and would abort the interpreter during its shutdown
         os._exit(0)

@@ -4,13 +4,13 @@
     python detection/train.py detection/configs/kw/mask_rcnn_kw1x_resnet50.py --amp
     bash detection/dist_train.sh CONFIG GPUS [OPTION ...]                (or torchrun, or srun)
 
-A mistake in the options, the data or a checkpoint ends it with one line and exit code 2, before any training.
+A mistake in the options, the data or a checkpoint ends the command with one line and exit code 2, before any training.
 """
 
 import sys
 from pathlib import Path
 
-# the project, not this folder, whose names would hide others
+# import from the project, not from this folder, whose file names would hide other modules
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from models.threads import wait_briefly
 
@@ -24,7 +24,7 @@ from detection.hooks import newest_detector
 from models.config import ConfigError
 
 
-def main():
+def main() -> None:
     parser = tools.parser(__doc__.splitlines()[0])
     parser.add_argument("--amp", action="store_true", help="train in mixed precision")
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate to the batch size")
@@ -33,7 +33,7 @@ def main():
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="go on from a checkpoint; without a path, from the newest good one of the work directory",
+        help="continue from a checkpoint; without a path, from the newest good one of the work directory",
     )
     args = parser.parse_args()
     cfg = tools.read_config(args)

@@ -1,7 +1,7 @@
-"""Hugging Face's package `datasets`, which has the name of this project's `datasets.py`.
+"""Import Hugging Face's package `datasets`, which has the same name as this project's `datasets.py`.
 
-timm's readers hfds/ and hfids/ import it by that name, so that among the loaded modules it takes the place of this
-project's file. What was imported from `datasets.py` before goes on working.
+timm's readers hfds/ and hfids/ run `import datasets`, so the package must replace this project's file in
+`sys.modules`. Names that were imported from `datasets.py` before continue to work.
 """
 
 import importlib

@@ -1,10 +1,12 @@
-"""Images from files and from memory, and the data sets that are made of them."""
+"""Read images from files and from memory, and make data sets of them."""
 
 import os
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
@@ -23,12 +25,12 @@ DIGITS_TEST_IMAGES = 360
 class UnreadableImage(RuntimeError):
     """An image that cannot be decoded; the message names its file."""
 
-    def __init__(self, message: str):
-        # a loader process hands the message on with its traceback before it
+    def __init__(self, message: str) -> None:
+        # a loader process passes the error on with its traceback in front of the message
         super().__init__(message.rsplit("UnreadableImage: ", 1)[-1].strip())
 
 
-def read_image(source, name: str) -> Image.Image:
+def read_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
     """Decode an image to RGB, upright.
 
     The EXIF rotation is applied; grey, palette, 16-bit and CMYK images are converted.
@@ -45,16 +47,16 @@ def read_image(source, name: str) -> Image.Image:
             image.load()
             image = ImageOps.exif_transpose(image)
     except Exception as error:
-        # decoders raise whatever a damaged file leads them to
+        # on a damaged file, decoders raise exceptions of any type
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UnreadableImage(f"{name}: cannot be read as an image ({reason}); replace or remove it") from None
     return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image of any mode as RGB."""
+    """Convert a decoded image of any mode to RGB."""
     if image.mode.startswith("I"):
-        # 16-bit grey: convert() would clip it to white
+        # convert() would clip 16-bit grey to white
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "P":
         image = image.convert("RGBA")
@@ -64,11 +66,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class ImageFolderData(Dataset):
     """A folder with one folder of images per class.
 
+    Args:
+        root: the folder.
+        transform: applied to every image, an RGB `PIL.Image`.
+        option: the option that named the folder, for the error message.
+
     Raises:
         ConfigError: the folder does not exist or holds no image.
     """
 
-    def __init__(self, root: Path, transform, option: str = "--data_path"):
+    def __init__(self, root: Path, transform: Callable[[Image.Image], Any], option: str = "--data_path") -> None:
         if not root.is_dir():
             raise ConfigError(f"{root}: no such folder of images; check {option}")
         try:
@@ -80,30 +87,30 @@ class ImageFolderData(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
         return self.transform(read_image(path, path)), label
 
 
 class GreyData(Dataset):
-    """Images in memory: `images` [N, H, W] with 256 grey levels, `labels`, and the `transform` of each."""
+    """Images in memory: `images` [N, H, W] with 256 grey levels, their `labels`, and a `transform` of RGB images."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.labels[index]
 
 
 class DigitsData(GreyData):
-    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 with 17 grey levels; 1,437 train, 360 test.
+    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 with 17 grey levels: 1,437 to train, 360 to test.
 
     The split is stratified and fixed. Source: UCI ML hand-written digits, test set.
     """
 
     classes = tuple("0123456789")
 
-    def __init__(self, is_train: bool, transform):
+    def __init__(self, is_train: bool, transform: Callable[[Image.Image], Any]) -> None:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -118,13 +125,18 @@ class DigitsData(GreyData):
 
 
 class GlyphsData(GreyData):
-    """Characters in the fonts of `scripts/make_glyphs.py`, 32 x 32 with 256 grey levels; other fonts for the test.
+    """The characters that `scripts/make_glyphs.py` draws, 32 x 32 with 256 grey levels; the test has fonts of its own.
+
+    Args:
+        root: the folder that the script wrote.
+        is_train: take the training fonts, else those of the test.
+        transform: applied to every image, an RGB `PIL.Image`.
 
     Raises:
-        ConfigError: the folder does not hold its file, or that file is damaged.
+        ConfigError: the folder lacks `glyphs.npz`, or that file is damaged.
     """
 
-    def __init__(self, root: Path, is_train: bool, transform):
+    def __init__(self, root: Path, is_train: bool, transform: Callable[[Image.Image], Any]) -> None:
         path, part = root / "glyphs.npz", "train" if is_train else "test"
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; make it with scripts/make_glyphs.py --output {root}")
@@ -139,7 +151,7 @@ class GlyphsData(GreyData):
 
 @dataclass(frozen=True)
 class CIFARFiles:
-    """Where the binary version of a CIFAR comes from, and what it holds."""
+    """The address, the files and the layout of the binary version of CIFAR-10 or CIFAR-100."""
 
     url: str
     folder: str
@@ -163,16 +175,22 @@ CIFAR_FILES = {
 
 
 class CIFARData(Dataset):
-    """CIFAR-10 or CIFAR-100 in the binary version, in a folder or in the subfolder that its archive makes.
+    """CIFAR-10 or CIFAR-100 in the binary version.
 
-    A file is a row of images, each its label bytes (CIFAR-100: coarse, fine), then a red, a green and a blue plane of
-    32 x 32 bytes, row by row. Any number of images is taken. The Python version is not read: a pickle can run code.
+    A file is a sequence of any number of images. Each image has its label bytes (CIFAR-100: coarse, fine), then a red,
+    a green and a blue plane of 32 x 32 bytes, row by row. The Python version is not read: a pickle can run code.
+
+    Args:
+        name: "CIFAR10" or "CIFAR100".
+        root: folder of the files, or of the subfolder that their archive makes.
+        is_train: take the training images, else those of the test.
+        transform: applied to every image, an RGB `PIL.Image`.
 
     Raises:
         ConfigError: names the folder that lacks a file, or the file that is damaged.
     """
 
-    def __init__(self, name: str, root: Path, is_train: bool, transform):
+    def __init__(self, name: str, root: Path, is_train: bool, transform: Callable[[Image.Image], Any]) -> None:
         self.files, self.transform = CIFAR_FILES[name], transform
         self.classes = [str(label) for label in range(self.files.classes)]
         names = self.files.train if is_train else self.files.test
@@ -211,7 +229,7 @@ class CIFARData(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         record, labels = self.records[index], self.files.labels
         planes = record[labels:].reshape(3, 32, 32)
         image = Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))

@@ -1,9 +1,12 @@
-"""Data that timm's readers read: folders, tar files, WebDataset, TFDS, and Hugging Face's data sets."""
+"""Data sets of timm's readers: folders, tar files, WebDataset, TFDS, and Hugging Face's data sets."""
 
+import argparse
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -15,16 +18,21 @@ from .sampling import seeded
 
 
 class ReaderData(Dataset):
-    """A timm reader with random access (folders, tar files, hfds)."""
+    """The images of a timm reader with random access (folders, tar files, hfds).
 
-    def __init__(self, reader, transform):
+    Args:
+        reader: yields open binary files and labels by index.
+        transform: applied to every image, an RGB `PIL.Image`.
+    """
+
+    def __init__(self, reader: Any, transform: Callable[[Image.Image], Any]) -> None:
         self.reader, self.transform = reader, transform
         self.classes = list(getattr(reader, "class_to_idx", None) or {}) or None
 
     def __len__(self) -> int:
         return len(self.reader)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         file, label = self.reader[index]
         with contextlib.closing(file):
             image = read_image(file, f"image {index} ({self.reader.filename(index)})")
@@ -32,21 +40,27 @@ class ReaderData(Dataset):
 
 
 class StreamData(IterableDataset):
-    """A timm reader without random access (wds, tfds, hfids).
+    """The images of a timm reader without random access (wds, tfds, hfids).
 
-    In training the reader divides the stream among the processes and their loader processes; what is random about an
-    image follows from (seed, epoch, process, loader process, position in its stream). In evaluation every process reads
-    all of it and takes every world-th image, so that each counts once.
+    In training the reader divides the stream among the processes and their loader processes. Every random choice for an
+    image depends on (seed, epoch, process, loader process, position in the stream of that loader process). In
+    evaluation every process reads the whole stream and takes every `world`-th image, so that each image counts once.
+
+    Args:
+        reader: yields decoded images and labels.
+        transform: applied to every image, an RGB `PIL.Image`.
+        is_train: read as in training, else as in evaluation.
+        seed: seed of the random choices.
     """
 
     classes = None
 
-    def __init__(self, reader, transform, is_train: bool, seed: int = 0):
+    def __init__(self, reader: Any, transform: Callable[[Image.Image], Any], is_train: bool, seed: int = 0) -> None:
         self.reader, self.transform, self.is_train, self.seed = reader, transform, is_train, seed
         self.rank, self.world = 0, 1
-        # loader processes live on from epoch to epoch
+        # shared memory, because loader processes stay alive from epoch to epoch and must see a new value
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        # to tell whether the reader left out any; only in evaluation is each to be taken once
+        # The number of images shows whether the reader left any out. Only evaluation must take each exactly once.
         self.total = None if is_train else reader.num_samples
         if not is_train:
             reader.dist_rank, reader.dist_num_replicas = 0, 1
@@ -55,10 +69,11 @@ class StreamData(IterableDataset):
         return len(self.reader)
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the images and the random choices; call it before every epoch."""
         self.epoch.fill_(epoch)
         self.reader.set_epoch(epoch)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
         worker = get_worker_info()
         stream = (self.seed, int(self.epoch), self.rank, worker.id if worker else 0)
         for index, (image, label) in enumerate(self.reader):
@@ -68,11 +83,13 @@ class StreamData(IterableDataset):
                 yield image, label
 
 
-def reader_data(args, is_train: bool, transform) -> ReaderData | StreamData:
+def reader_data(
+    args: argparse.Namespace, is_train: bool, transform: Callable[[Image.Image], Any]
+) -> ReaderData | StreamData:
     """The training or the validation split of `--data_set`, a reader string such as wds/NAME.
 
     Raises:
-        ConfigError: the reader cannot be made; names the split and the reason.
+        ConfigError: timm cannot make the reader; names the split and the reason.
     """
     split = "train" if is_train else "validation"
     try:

@@ -2,6 +2,8 @@
 
 import contextlib
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,23 +11,26 @@ from torch.utils.data import Dataset, Sampler
 
 
 class SeededData(Dataset):
-    """Loads (epoch, index) with the random generators set by (seed, epoch, index), and sets them back after it."""
+    """A data set indexed by (epoch, index).
 
-    def __init__(self, data: Dataset, seed: int):
+    The random generators are seeded by (seed, epoch, index) while an image is loaded, and restored afterwards.
+    """
+
+    def __init__(self, data: Dataset, seed: int) -> None:
         self.data, self.seed = data, seed
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, position: tuple[int, int]):
+    def __getitem__(self, position: tuple[int, int]) -> Any:
         epoch, index = position
         with seeded((self.seed, epoch, index)):
             return self.data[index]
 
 
 @contextlib.contextmanager
-def seeded(position: tuple[int, ...]):
-    """Within it all random generators of the CPU are those of a position; then they go on where they were."""
+def seeded(position: tuple[int, ...]) -> Iterator[None]:
+    """Context in which all random generators of the CPU are seeded by `position`; it restores their states."""
     seed = int(np.random.SeedSequence(position).generate_state(1)[0])
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
@@ -41,31 +46,45 @@ def seeded(position: tuple[int, ...]):
 
 
 class TrainSampler(Sampler):
-    """A new permutation every epoch, the same on all processes, of which each takes every world-th.
+    """A new permutation of the images every epoch, the same in all processes; each takes every `world`-th image of it.
 
     Yields (epoch, index). The last images that do not fill all processes are left out.
+
+    Args:
+        size: number of images.
+        rank: index of this process.
+        world: number of processes.
+        seed: seed of the permutations.
     """
 
-    def __init__(self, size: int, rank: int, world: int, seed: int):
+    def __init__(self, size: int, rank: int, world: int, seed: int) -> None:
         self.size, self.rank, self.world, self.seed, self.epoch = size, rank, world, seed, 0
 
     def __len__(self) -> int:
         return self.size // self.world
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.random.Generator(np.random.PCG64((self.seed, self.epoch))).permutation(self.size)
         for index in order[: len(self) * self.world][self.rank :: self.world]:
             yield self.epoch, int(index)
 
 
 class EvalSampler(Sampler):
-    """Every world-th image from `rank` on: all processes together take each exactly once, some one more than others."""
+    """Every `world`-th image from `rank` on, so that all processes together take each image exactly once.
 
-    def __init__(self, size: int, rank: int, world: int):
+    Some processes take one image more than others.
+
+    Args:
+        size: number of images.
+        rank: index of this process.
+        world: number of processes.
+    """
+
+    def __init__(self, size: int, rank: int, world: int) -> None:
         self.indices = range(rank, size, world)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return iter(self.indices)

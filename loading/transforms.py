@@ -1,5 +1,7 @@
 """Transforms of images, in training and in evaluation."""
 
+import argparse
+
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -7,13 +9,18 @@ from torchvision.transforms import InterpolationMode
 from models.config import ConfigError
 
 
-def make_transform(args, is_train: bool):
-    """Image -> tensor [3, input_size, input_size], normalised.
+def make_transform(args: argparse.Namespace, is_train: bool) -> transforms.Compose:
+    """Build the transform of an RGB image to a normalised tensor [3, input_size, input_size].
 
-    Advanced preprocessing (the papers' 300-epoch recipe): random resized crop, flip, RandAugment or colour jitter,
-    random erasing, bicubic; evaluation resizes to input_size / crop_pct (to a square without cropping from 384 on) and
-    crops. Traditional: random resized crop and flip, bilinear; evaluation resizes to 8/7 of the crop. CIFAR at its own
-    size is cropped from a padded image; digits are only moved, turned and scaled a little, and never flipped.
+    - Advanced preprocessing (the papers' 300-epoch recipe): random resized crop, flip, RandAugment or colour jitter,
+      and random erasing, bicubic. Evaluation resizes to input_size / crop_pct and crops; from 384 pixels on, it resizes
+      to a square and does not crop.
+    - Traditional preprocessing: random resized crop and flip, bilinear. Evaluation resizes to 8/7 of the crop.
+    - CIFAR at its own size: the crop is taken from a padded image.
+    - Digits: moved, rotated and scaled a little, and never flipped.
+
+    Raises:
+        ConfigError: timm does not know the policy of `aa`.
     """
     size, imagenet = args.input_size, args.imagenet_default_mean_and_std
     mean = IMAGENET_DEFAULT_MEAN if imagenet else (0.5, 0.5, 0.5)

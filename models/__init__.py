@@ -1,10 +1,11 @@
 """Dynamic convolution: the public API.
 
-The names are loaded at first use, so that reading this package does not wait for torch.
+The names are loaded at first use, so that importing this package does not load torch.
 """
 
 import importlib
 import re
+from typing import Any
 
 _HOME = {
     "build_model": "build",
@@ -23,12 +24,12 @@ _HOME = {
 }
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     if name == "__all__":
         return __dir__()
-    # the layers of all methods, such as KWConv2d
+    # the layers of all methods, such as KWConv2d; no other name may load torch
     if re.fullmatch(r"[A-Z]\w*(Conv[123]d|Linear)", name):
         layers = importlib.import_module(".methods", __name__).LAYERS
         if name in layers:
@@ -36,5 +37,5 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return [*_HOME, *importlib.import_module(".methods", __name__).LAYERS]

@@ -1,46 +1,47 @@
-"""What a network is made of: its layers that can be replaced, blocks, stem, classifiers, residual units, short cuts.
+"""The parts of a network: its replaceable layers, blocks, stem, classifiers, residual units and short cuts.
 
-Of timm's networks and any other.  Methods ask here; nothing here knows a method.
+The functions work on timm's networks and on any other. Methods call them; none of them depends on a method.
 """
 
 import fnmatch
 import itertools
 import math
 import re
+from collections.abc import Collection, Iterable
 
 from timm.layers import Attention
 from timm.layers import Linear as TimmLinear
 from torch import nn
 
 CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-# families of timm's networks that the papers' authors released dynamic ones of
+# families of timm's networks of which the papers' authors released dynamic versions
 FAMILIES = ("ResNet", "MobileNetV2", "ConvNeXt", "VisionTransformer")
 
 
-def family_name(model):
-    """The name of a timm model's family among `FAMILIES`, or "other"."""
+def family_name(model: nn.Module) -> str:
+    """The family of a timm model: one of `FAMILIES`, or "other"."""
     name = type(model).__name__
     if name == "EfficientNet" and hasattr(model, "conv_head") and not _has_squeeze(model):
         name = "MobileNetV2"
     return name if name in FAMILIES else "other"
 
 
-def _has_squeeze(model):
+def _has_squeeze(model: nn.Module) -> bool:
     return any("SqueezeExcite" in type(module).__name__ for module in model.modules())
 
 
-# a block of timm's networks: ResNet, MobileNetV2, ConvNeXt and MetaFormer, ViT
+# names of blocks in timm's networks: ResNet, MobileNetV2, ConvNeXt and MetaFormer, ViT
 _BLOCK = re.compile(r"(layer\d+\.\d+|blocks\.\d+\.\d+|stages\.\d+\.blocks\.\d+|blocks\.\d+)\.")
 
 
-def block_of(layer):
-    """The name of the block that a layer is in, or None."""
+def block_of(layer: str) -> str | None:
+    """The name of the block that contains a layer, given the layer's name; None where no block does."""
     match = _BLOCK.match(layer)
     return match[1] if match else None
 
 
-def layers_of(model):
-    """Convolutions and linear layers by name, static and dynamic ones, without the parts of dynamic ones."""
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The convolutions and linear layers of a model by name, static and dynamic, but not those inside dynamic ones."""
     found, inside = {}, ()
     for name, module in model.named_modules():
         if name.startswith(inside):
@@ -53,38 +54,42 @@ def layers_of(model):
     return found
 
 
-def replaceable(model):
-    """Those of `layers_of` that a method may replace, or has replaced; other subclasses do something else."""
+def replaceable(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of `layers_of` that a method may replace or has replaced, by name.
+
+    Other subclasses of `CONVERTIBLE` are left out, since they compute something else.
+    """
     layers = layers_of(model).items()
     return {name: module for name, module in layers if kind_of(module) in CONVERTIBLE or is_dynamic(module)}
 
 
-def kind_of(module):
-    """The type of a layer; timm's linear layer is PyTorch's, but for a cast under torch.jit."""
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The type of a layer. timm's linear layer counts as PyTorch's: they differ only by a cast under torch.jit."""
     return nn.Linear if type(module) is TimmLinear else type(module)
 
 
-def kernel_shape_of(module):
-    """Shape [O, I, *k] of the kernel of a static layer; of a linear one [O, I, 1]."""
+def kernel_shape_of(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a static layer's kernel: [O, I, *k], or [O, I, 1] for a linear layer."""
     shape = tuple(module.weight.shape)
     return (*shape, 1) if isinstance(module, nn.Linear) else shape
 
 
-def is_dynamic(module):
-    """Whether a layer is one of a method's (see `DynamicLayer`)."""
+def is_dynamic(module: nn.Module) -> bool:
+    """Whether a layer belongs to a method (see `DynamicLayer`)."""
     return getattr(module, "is_dynamic", False)
 
 
-def stem_of(model):
+def stem_of(model: nn.Module) -> str:
     """The name of the layer that sees the image: the first convolution, or else the first linear layer."""
     layers = layers_of(model)
     return next((name for name, module in layers.items() if not hasattr(module, "in_features")), next(iter(layers)))
 
 
-def heads_of(model, names):
-    """The names of the linear layers that end a model: one, two where it is distilled, none where it ends in features.
+def heads_of(model: nn.Module, names: Collection[str]) -> list[str]:
+    """The names of the linear layers that end a model: one, two if it is distilled, none if it ends in features.
 
-    names: of layers in its body; a model that does not tell its classifier has one only behind all of them.
+    `names` are layers of the model's body. In a model without `get_classifier`, the classifier is the last layer, if
+    that is linear and not among `names`.
     """
     layers = layers_of(model)
     linear = [name for name, module in layers.items() if hasattr(module, "in_features")]
@@ -93,56 +98,59 @@ def heads_of(model, names):
         return [last] if last in linear and last not in names else []
     heads = model.get_classifier()
     heads = heads if isinstance(heads, tuple) else (heads,)
-    # of a classifier of several layers, the last one
+    # a classifier of several layers ends in the last of them
     inner = [[name for name in linear if any(layers[name] is m for m in head.modules())] for head in heads if head]
     return [found[-1] for found in inner if found]
 
 
-def without_short_cuts(names):
-    """Without the convolutions in the short cuts of blocks."""
+def without_short_cuts(names: Iterable[str]) -> list[str]:
+    """The given names of layers without those of the convolutions in the short cuts of blocks."""
     return [name for name in names if not (block_of(name) and "downsample" in name.split("."))]
 
 
-def residual_units(names):
-    """Layers, in their order, by unit: those of an MLP or an attention module together, any other one alone."""
+def residual_units(names: Iterable[str]) -> list[list[str]]:
+    """Group consecutive layers into units: those of an MLP or an attention module together, every other layer alone."""
     key = lambda name: match[0] if (match := re.match(r"(?:.*\.)?(?:mlp|attn)\.", name)) else name  # noqa: E731
     return [list(unit) for _, unit in itertools.groupby(names, key)]
 
 
-def is_deep(model):
-    """Networks of bottlenecks and MobileNets, whose kernel representations grow by less (KR, section 4.1)."""
+def is_deep(model: nn.Module) -> bool:
+    """Whether a network has bottlenecks or is a MobileNet; its representation then grows by less (KR, section 4.1)."""
     return type(model).__name__.startswith(("EfficientNet", "MobileNet")) or any(
         type(module).__name__ == "Bottleneck" for module in model.modules()
     )
 
 
-def has_mlps(model):
-    """Whether a network's blocks have MLPs, as those of MetaFormers have."""
+def has_mlps(model: nn.Module) -> bool:
+    """Whether a network's blocks have MLPs, as in MetaFormers."""
     return any("mlp" in name.split(".") for name in replaceable(model))
 
 
-def main_layers(model):
-    """What dynamic convolutions replace by default: all convolutions but the first, and the linear layers of residual
-    blocks: those of MLPs and of timm's self-attention (KR, section 4.2).
+def main_layers(model: nn.Module) -> list[str]:
+    """The names of the layers that a dynamic convolution replaces by default, in the model's order.
 
-    In order; the parts of attention modules such as squeeze-and-excitation are not among them.
+    These are all convolutions but the first, and the linear layers of residual blocks: those of MLPs and of timm's
+    self-attention (KR, section 4.2). The parts of attention modules such as squeeze-and-excitation are left out.
+    In a model that has none of these layers, they are all layers but the first and the last.
     """
     modules = replaceable(model)
     names = [name for name in modules if "se" not in name.split(".")]
     convolutions = [name for name in names if not hasattr(modules[name], "in_features")]
-    # other self-attentions may read the weights of their projections
+    # timm's own class only: other self-attentions may read the weights of their projections
     attentions = [name for name, module in model.named_modules() if type(module) is Attention]
     linear = {f"{name}.{part}" for name in attentions for part in ("qkv", "proj")}
     chosen = [name for name in names if name in convolutions[1:] or "mlp" in name.split(".") or name in linear]
     return chosen or names[1:-1]
 
 
-def select(model, words):
-    """Names of layers, in the model's order, that the words of a config's `layers` mean together.
+def select(model: nn.Module, words: Iterable[str]) -> list[str]:
+    """The names of all layers that the words of a config's `layers` select, in the model's order.
 
-    "all": `main_layers`; "1x1" and "3x3": those of them with one tap, and with more; "last_N_blocks": those of the
-    last N blocks; "classifier"; anything else is a glob pattern of module names.  Raises ValueError for a word that
-    means no layer.
+    The words are "all" (`main_layers`), "1x1" and "3x3" (those of `main_layers` with one tap, and with more),
+    "last_N_blocks" (those of `main_layers` in the last N blocks), "classifier", and glob patterns of module names.
+
+    Raises:
+        ValueError: a word selects no layer.
     """
     every, chosen = main_layers(model), set()
     modules = dict(model.named_modules())

@@ -1,8 +1,10 @@
-"""A config (path or dict) -> a model."""
+"""Builds the model of a config, which is a path or a dict."""
 
 import difflib
 import functools
+import os
 import re
+from typing import Any
 
 import timm
 from timm.layers import DropPath, SEModule
@@ -18,13 +20,14 @@ from .options import METHOD_KEYS
 BLOCK_ATTENTIONS = {"se": functools.partial(SEModule, rd_ratio=1 / 16, bias=False), "cbam": "cbam", "eca": "eca"}
 
 
-# prefix of a model's name -> (method, defaults of its config); the longest prefix counts
+# prefix of a model's name -> (method, defaults of its config); of several that match, the longest is used
 PREFIXES = {
     **{name: (name, {}) for name in METHODS},
     **{alias: (name, {}) for alias, name in ALIASES.items()},
     **{name: (None, {"block_attention": name}) for name in BLOCK_ATTENTIONS},
 }
-# names of networks that timm builds, but has no name for: another width, or another size
+# more names for networks that timm can build: other widths, other image sizes, and shorter names
+# name -> (timm's name, {arguments of `timm.create_model`, and `stem_pool`})
 BACKBONES = {
     # N, 2 N, 4 N and 8 N channels, and no pooling after the first convolution: for 32x32 pixels
     **{
@@ -41,9 +44,15 @@ BACKBONES = {
 }
 
 
-def parse_name(name):
-    """`od_resnet18` -> ("od", "resnet18"); a static model's prefix is None.  Raises ConfigError for an unknown name."""
-    # names of timm's own, such as eca_nfnet_l0, may begin like a prefix
+def parse_name(name: str) -> tuple[str | None, str]:
+    """Split a model's name into prefix and backbone: `od_resnet18` -> ("od", "resnet18").
+
+    The prefix of a static model is None.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    # timm's own names may begin with a prefix, such as eca_nfnet_l0
     if name in BACKBONES or timm.is_model(name):
         return None, name
     prefixes = [prefix for prefix in PREFIXES if name.startswith(prefix + "_")]
@@ -61,13 +70,20 @@ def parse_name(name):
     )
 
 
-def build_model(config, num_classes=1000, **overrides):
-    """The model of a config.
+def build_model(config: str | os.PathLike | dict, num_classes: int = 1000, **overrides: Any) -> nn.Module:
+    """Build the model of a config.
 
-    config: a path to a JSON file, or a dict of the same keys; training options in it are checked and ignored.
-    overrides: keys that win over the config's.  Input [B, 3, H, W], output logits [B, num_classes].
-    Raises ConfigError (a ValueError) that names the key for an unknown or mistyped setting, and the layer and the
-    warehouse for a ratio that does not divide.
+    Args:
+        config: path of a JSON file, or a dict of the same keys. Its training options are checked and ignored.
+        num_classes: size of the classifier's output.
+        overrides: settings that replace the config's.
+
+    Returns:
+        A model with the input [B, 3, H, W] and the output logits [B, num_classes].
+
+    Raises:
+        ConfigError: (a ValueError) names the key of an unknown or mistyped setting, and the layer and the warehouse of
+            a ratio that does not divide.
     """
     config = read_config(config, overrides)
     prefix, backbone = parse_name(config.get("model", "convnext_tiny"))
@@ -93,8 +109,8 @@ def build_model(config, num_classes=1000, **overrides):
         raise ConfigError(f"model '{config['model']}': {error}") from None
 
 
-def _static(backbone, num_classes, config):
-    """timm's model with the config's regularisation."""
+def _static(backbone: str, num_classes: int, config: dict[str, Any]) -> nn.Module:
+    """Build the static model with timm, with the config's regularisation, block attention and initial scales."""
     kwargs = {"num_classes": num_classes, "drop_rate": config.get("dropout") or 0.0}
     rate = config.get("drop_path") or 0.0
     is_resnet = re.match(r"resnet\d", backbone) is not None
@@ -119,7 +135,7 @@ def _static(backbone, num_classes, config):
     if not stem_pool:
         model.maxpool = nn.Identity()
     if schedule == "constant" and rate:
-        # the released ResNets drop every block at the same rate, timm's at one that grows with depth
+        # the released ResNets drop every block at the same rate; timm's rate grows with depth
         blocks = [m for m in model.modules() if hasattr(m, "drop_path") and hasattr(m, "conv2")]
         if not blocks:
             raise ConfigError(f"block_drop_path 'constant' is for ResNets; '{backbone}' takes 'linear'")

@@ -8,30 +8,31 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .options import Option, all_options
 
 MAX_CONFIG_BYTES = 1 << 20
-# not there where this folder is installed alone
+# this folder does not exist where `models` is installed as a package
 OWN_RECIPES = Path(__file__).resolve().parent.parent / "configs" / "recipes"
 
 
 class ConfigError(ValueError):
-    """A mistake of the user. The message is one line that names the mistake and, where there is one, its remedy."""
+    """A mistake of the user. The message is one line that names the mistake and, where possible, the remedy."""
 
 
 def read_config(config: str | os.PathLike | dict, overrides: dict | None = None) -> dict[str, Any]:
-    """Read and check a config, with the recipe that it names beneath it.
+    """Read and check a config, and add the settings of the recipe that it names.
 
     Args:
         config: path of a JSON file, or a dict of its contents.
-        overrides: settings that beat the config's; a recipe among them replaces the config's.
+        overrides: settings that replace the config's; a recipe among them replaces the config's recipe.
 
     Returns:
-        The given keys only, with underscores, each value of its option's type. `_about` (documentation) is left out,
-        and in place of `recipe` there are its settings.
+        The given settings only, their keys with underscores and each value of its option's type. `_about`
+        (documentation) is left out, and `recipe` is replaced by the settings of the recipe.
 
     Raises:
         ConfigError: names the file, the key and the nearest known key.
@@ -42,7 +43,20 @@ def read_config(config: str | os.PathLike | dict, overrides: dict | None = None)
 
 
 def merge(config: str | os.PathLike | dict, overrides: dict[str, Any]) -> dict[str, Any]:
-    """`overrides`, which are checked already, over the config over its recipe; the name of the recipe stays in it."""
+    """Merge settings: `overrides` replace those of the config, and these replace those of its recipe.
+
+    The result keeps the key `recipe`, with the recipe's name.
+
+    Args:
+        config: path of a JSON file, or a dict of its contents.
+        overrides: settings that are checked already.
+
+    Returns:
+        The given settings only, checked as by `read_config`.
+
+    Raises:
+        ConfigError: names the file, the key and the nearest known key.
+    """
     path = None if isinstance(config, dict) else config
     content, name = (config, "config") if path is None else (_load_json(path), str(path))
     own = _check_keys(content, all_options(), name)
@@ -56,7 +70,16 @@ def merge(config: str | os.PathLike | dict, overrides: dict[str, Any]) -> dict[s
 
 
 def _read_recipe(name: str, path: str | os.PathLike | None, where: str) -> dict[str, Any]:
-    """The settings of a recipe: from folders `recipes` beside the config and above it, else the project's own."""
+    """The settings of a recipe.
+
+    The recipe is looked up in the folder `recipes` beside the config, then in those of the folders above, and last
+    among the project's own.
+
+    Args:
+        name: of the recipe.
+        path: of the config; None for a dict.
+        where: beginning of an error message.
+    """
     above = [] if path is None else [folder / "recipes" for folder in Path(os.path.abspath(path)).parents]
     folders = [*above, OWN_RECIPES]
     found = [folder / f"{name}.json" for folder in folders if os.path.isfile(folder / f"{name}.json")]
@@ -77,8 +100,14 @@ def _read_recipe(name: str, path: str | os.PathLike | None, where: str) -> dict[
     return settings
 
 
-def nearest(name: str, known, prefix: str = "") -> str:
-    """The end of a message about an unknown name: the known one that is most like it, if there is one."""
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message about an unknown name: the most similar known name, if there is one.
+
+    Args:
+        name: the unknown name.
+        known: the known names.
+        prefix: put before the suggested name, such as "--".
+    """
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f'; did you mean "{prefix}{match[0]}"?' if match else "; see main.py --help for the known ones"
 
@@ -89,25 +118,25 @@ def _load_json(path: str | os.PathLike) -> dict:
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: not a file; give the path of a JSON file")
     if os.path.getsize(path) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes; this is no config file")
+        raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes; this is not a config file")
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text; this is no config file") from None
+        raise ConfigError(f"{path}: not UTF-8 text; this is not a config file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if text.startswith("\ufeff"):
         raise ConfigError(f"{path}: begins with a byte order mark; save it as UTF-8 without one")
 
-    def unique(pairs):
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         for key in keys:
             if keys.count(key) > 1:
                 raise ConfigError(f'{path}: key "{key}" is given twice')
         return dict(pairs)
 
-    def refuse_constant(word):
+    def refuse_constant(word: str) -> None:
         raise ConfigError(f"{path}: {word} is not a number that can be used")
 
     try:
@@ -124,6 +153,7 @@ def _load_json(path: str | os.PathLike) -> dict:
 
 
 def _check_keys(content: dict, known: dict[str, Option], where: str) -> dict[str, Any]:
+    """Check the keys and values of a dict; returns it with underscores in the keys and without `_about`."""
     settings = {}
     for key, value in content.items():
         if key == "_about":
@@ -138,7 +168,16 @@ def _check_keys(content: dict, known: dict[str, Option], where: str) -> dict[str
 
 
 def check_value(option: Option, value: Any, where: str) -> Any:
-    """Return `value` as its option's type, or raise ConfigError."""
+    """Check a value and return it as its option's type.
+
+    Args:
+        option: the option that the value is for.
+        value: from a config or the command line.
+        where: beginning of an error message, such as 'config.json: "lr"'.
+
+    Raises:
+        ConfigError: the value does not fit the option.
+    """
     if value is None and option.accepts_null():
         return None
     if option.type is dict:
@@ -153,7 +192,7 @@ def check_value(option: Option, value: Any, where: str) -> Any:
 
 
 def _check_scalar(option: Option, value: Any, where: str) -> Any:
-    # bool is a subclass of int, and must not pass for a number
+    # bool is a subclass of int, but is not accepted as a number
     if option.type is float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
     else:
@@ -175,8 +214,9 @@ def _check_scalar(option: Option, value: Any, where: str) -> Any:
 
 
 def _check_entries(option: Option, value: Any, where: str) -> dict[str, dict]:
+    """Check the value of `warehouses`: name -> settings of a warehouse."""
     if not isinstance(value, dict) or not value:
-        raise ConfigError(f"{where} must be an object of warehouses, name to settings; got {_shown(value)}")
+        raise ConfigError(f"{where} must be an object that maps names of warehouses to settings; got {_shown(value)}")
     checked = {}
     for name, settings in value.items():
         inside = f'{where}, warehouse "{name}"'
@@ -189,6 +229,7 @@ def _check_entries(option: Option, value: Any, where: str) -> dict[str, dict]:
 
 
 def _shown(value: Any) -> str:
+    """A value as an error message shows it: on one line, and at most 60 characters."""
     # ascii() keeps line breaks and control characters out of the one-line message
     text = ascii(value) if not isinstance(value, (bool, type(None))) else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,26 +1,75 @@
 """Replaces layers of any model by dynamic ones."""
 
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .anatomy import family_name
 from .methods import method_named
+from .methods.method import Method
 from .replacement import put, refuse_others
+from .trial import weights_read
 
 
-def convert(model, method="kw", *, layers=None, keep_weights=False, **settings):
-    """Replace layers of a model by dynamic ones, in place, and return the model.
+def convert(
+    model: nn.Module,
+    method: str = "kw",
+    *,
+    layers: str | Sequence[str] | None = None,
+    keep_weights: bool = False,
+    **settings: Any,
+) -> nn.Module:
+    """Replace layers of a model by dynamic ones, in place.
 
-    method: its name.  layers: the words of `anatomy.select` ("all", "1x1", "3x3", "last_N_blocks", "classifier", glob
-    patterns of names); None: those that the method replaces by itself.  settings: the method's, as
-    `convert(model, "odconv", kernel_num=4)`; those of "kw" and "kw_star" are in `methods/kernel_warehouse`.
-    keep_weights: start from the static kernels, so that the model computes what it did before ("kw" and "kw_star": at
-    temperature 1, for budgets of 1 and more; "we": without `standardise`).
-    `model.conversion` then tells layer -> warehouse or method.
-    Raises ValueError for what does not fit, naming the layer or warehouse; the model is left unchanged.
+    A layer whose weight is read by another module of the network is left static, with a warning.
+
+    Args:
+        model: any model; its attribute `conversion` then maps every replaced layer to its warehouse or method.
+        method: name of the method.
+        layers: one or several words of `anatomy.select` ("all", "1x1", "3x3", "last_N_blocks", "classifier", glob
+            patterns of names); None: the method's own choice.
+        keep_weights: start from the static kernels, so that the model still computes the same ("kw" and "kw_star": at
+            temperature 1, for budgets of 1 and more; "we": without `standardise`).
+        settings: of the method, as in `convert(model, "odconv", kernel_num=4)`; those of "kw" and "kw_star" are
+            described in `methods/kernel_warehouse`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: names the layer or warehouse that does not fit; the model is left unchanged.
     """
     job = method_named(method)(model, layers=layers, keep_weights=keep_weights, **settings)
     with job.prepared():
-        names = job.choose()
+        names = _without_read(job, job.choose())
         modules = dict(model.named_modules(remove_duplicate=False))
         refuse_others([modules[name] for name in names], names, job.layers, job.name)
         put(model, job.make(names), keep_weights)
     others = job.finish(names)
     model.conversion = {**getattr(model, "conversion", {}), **{name: job.label(name) for name in [*names, *others]}}
     return model
+
+
+def _without_read(job: Method, names: list[str]) -> list[str]:
+    """The chosen layers without those whose weight another module reads.
+
+    Raises:
+        ValueError: such a layer was chosen by its full name, or there is no other.
+    """
+    # the known families do not do that, and a trial run takes a tenth of a second and more
+    read = weights_read(job.model, names) if family_name(job.model) == "other" else []
+    if not read:
+        return names
+    for name in read:
+        if name in job.named():
+            raise ValueError(
+                f"{job.name}: layer '{name}' cannot be replaced, since another module of the network reads its weight; "
+                "leave it out"
+            )
+    warnings.warn(
+        f"{job.name}: left static, since other modules of the network read their weights: {', '.join(read)}",
+        stacklevel=3,
+    )
+    return job.leave_static(names, read)

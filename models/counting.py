@@ -1,20 +1,22 @@
-"""Parameters and multiply-adds of models, counted as the papers do (ODConv, section A.1).
+"""Counts the parameters and multiply-adds of models as the papers do (ODConv, section A.1).
 
-Of one image, in evaluation mode:
+Multiply-adds are those of one image in evaluation mode, in four parts:
 
-- convolution: positions of the output x size of the kernel, for linear layers tokens x size of the matrix; the two
-  matrix products of a self-attention, 2 x tokens^2 x width;
-- attention: pooling a map, one for every input channel and position of the output (equations 3 and 4 there have one
-  h w for both; means over tokens are not counted, as Kernel Representation does not count them), and its linear layers,
-  with Kernel Representation also its start and its part of the classifier; for squeeze-and-excitation, CBAM and ECA
-  in place of a kernel's attention also scaling the features, one for every value (CBAM: pooling and scaling twice);
-- mixing: assembling the kernel of the sample (`mixing_cost` of the layers): n x |W| for n kernels of a size |W|
-  (DY-Conv, CondConv), m x n x the size of a cell (KernelWarehouse), ODConv's equations 3 and 4; the gates or the
-  generator of a kernel (CGC, WeightNet); the low-rank branch (DCD).  Nothing where kernels depend on no input (WE);
-- norm: layer and group normalisation, five for every value, as fvcore counts and Kernel Representation's tables do.
+- convolution: positions of the output x size of the kernel; for linear layers tokens x size of the matrix; for the two
+  matrix products of a self-attention 2 x tokens^2 x width.
+- attention: pooling a map, with one multiply-add for every input channel and position of the output (ODConv's equations
+  3 and 4 have one h w for input and output; means over tokens are not counted, since Kernel Representation does not
+  count them), and the attention's linear layers. For Kernel Representation also its start and its part of the
+  classifier. For squeeze-and-excitation, CBAM and ECA, which attend to features instead of kernels, also scaling the
+  features, with one multiply-add for every value (CBAM: pooling and scaling twice).
+- mixing: assembling the kernel of the sample (`mixing_cost` of the layers): n x |W| for n kernels of size |W| (DY-Conv,
+  CondConv), m x n x the size of a cell (KernelWarehouse), ODConv's equations 3 and 4, the gates or the generator of a
+  kernel (CGC, WeightNet), the low-rank branch (DCD). Nothing where kernels do not depend on the input (WE).
+- norm: layer and group normalisation, with five multiply-adds for every value, as in fvcore and in Kernel
+  Representation's tables.
 
-Biases, BatchNorm, activations, sums of features, maxima and the network's own pooling are not counted.  A dynamic layer
-of any method counts what its linear layers and convolutions do, even if it has no `mixing_cost` of its own.
+Biases, BatchNorm, activations, sums of features, maxima and the network's own pooling are not counted. The linear
+layers and convolutions inside a dynamic layer are counted for every method, even if it has no `mixing_cost` of its own.
 """
 
 import math
@@ -25,15 +27,15 @@ import torch
 from timm.layers import Attention, EcaModule, SEModule
 from timm.layers.cbam import ChannelAttn, SpatialAttn
 from timm.models._efficientnet_blocks import SqueezeExcite
-from torch import nn
+from torch import Tensor, nn
 
 from .methods.layer import DynamicLayer, Shared
 from .methods.layer import Linear as DynamicLinear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-# attention to features: a mean over all values, and a product with all of them
+# attention to features: takes a mean over all values, and multiplies all of them
 FEATURE_ATTENTIONS = (SEModule, SqueezeExcite, EcaModule, ChannelAttn, SpatialAttn)
-# modules that all of their parts belong to
+# modules whose parts are counted as their own
 HOMES = (DynamicLayer, Shared, *FEATURE_ATTENTIONS)
 NORMS = (nn.LayerNorm, nn.GroupNorm)
 OTHERS = "(norms and others)"
@@ -41,7 +43,14 @@ OTHERS = "(norms and others)"
 
 @dataclass
 class LayerCount:
-    """Parameters of a layer, and its multiply-adds for one image."""
+    """Parameters of a layer, and its multiply-adds for one image.
+
+    Args:
+        name: of the layer, or `OTHERS`.
+        kind: class of the layer; empty for `OTHERS`.
+        parameters: number of its own parameters.
+        attention, mixing, convolution, norm: multiply-adds by kind (see the top of this file).
+    """
 
     name: str
     kind: str
@@ -52,19 +61,25 @@ class LayerCount:
     norm: int = 0
 
     @property
-    def multiply_adds(self):
+    def multiply_adds(self) -> int:
         return self.attention + self.mixing + self.convolution + self.norm
 
 
-def count_layers(model, image_size=224, channels=3):
-    """A `LayerCount` for every layer that does anything, for every warehouse, and a last one for all other parameters.
+def count_layers(model: nn.Module, image_size: int = 224, channels: int = 3) -> list[LayerCount]:
+    """Count the parameters and multiply-adds of a model, layer by layer.
 
-    image_size: side of the image, in pixels.  The model may be on the device "meta", where counting takes no memory.
+    Args:
+        model: may be on the device "meta", where counting takes no memory.
+        image_size: side of the image, in pixels.
+        channels: of the image.
+
+    Returns:
+        A `LayerCount` for every layer that is counted and for every warehouse, and at the end one for everything else.
     """
     modules = dict(model.named_modules())
     counts, homes = {}, {}
     for name, module in modules.items():
-        # the parts of a dynamic layer, or of an attention to features, belong to it
+        # the parts of a dynamic layer, or of an attention to features, are counted as its own
         home = next((homes[above] for above in _above(name) if above in homes), None)
         if home is None and isinstance(module, HOMES):
             home = homes[name] = name
@@ -102,14 +117,14 @@ def count_layers(model, image_size=224, channels=3):
     return list(counts.values())
 
 
-def _above(name):
-    """The names of the modules that a module is in, outermost first; the root has none of its own."""
+def _above(name: str) -> list[str]:
+    """The names of the modules that contain a module, outermost first, without the root, which has no name."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
-def _run(model, image_size, channels):
-    """One image through the model, in evaluation mode, which is then as it was."""
+def _run(model: nn.Module, image_size: int, channels: int) -> None:
+    """Run the model on one image in evaluation mode; its modules then return to their own modes."""
     training = [module for module in model.modules() if module.training]
     parameter = next(model.parameters())
     x = torch.zeros(1, channels, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
@@ -121,26 +136,26 @@ def _run(model, image_size, channels):
             module.training = True
 
 
-def _static(count, inside, module, inputs, y):
+def _static(count: LayerCount, inside: bool, module: nn.Module, inputs: tuple, y: Tensor) -> None:
     out = module.out_features if isinstance(module, nn.Linear) else module.out_channels
     cost = y.numel() // out * module.weight.numel()
     if inside:
         count.attention += cost
         return
-    # with Kernel Representation a part of what the classifier sees is attention
+    # in Kernel Representation the classifier also sees the representation, which is counted as attention
     seen = cost // module.in_features * module.representation if hasattr(module, "representation") else 0
     count.attention += seen
     count.convolution += cost - seen
 
 
-def _norm(count, inside, module, inputs, y):
+def _norm(count: LayerCount, inside: bool, module: nn.Module, inputs: tuple, y: Tensor) -> None:
     if inside:
         count.attention += 5 * y.numel()
     else:
         count.norm += 5 * y.numel()
 
 
-def _dynamic(count, inside, layer, inputs, y):
+def _dynamic(count: LayerCount, inside: bool, layer: DynamicLayer, inputs: tuple, y: Tensor) -> None:
     positions = y.numel() // layer.out_channels
     if layer.pools and not isinstance(layer, DynamicLinear):
         count.attention += positions * layer.in_channels
@@ -148,9 +163,9 @@ def _dynamic(count, inside, layer, inputs, y):
     count.convolution += positions * math.prod(layer.kernel_shape)
 
 
-def _feature_attention(count, inside, module, inputs, y):
+def _feature_attention(count: LayerCount, inside: bool, module: nn.Module, inputs: tuple, y: Tensor) -> None:
     count.attention += 2 * inputs[0].numel()
 
 
-def _self_attention(count, inside, module, inputs, y):
+def _self_attention(count: LayerCount, inside: bool, module: Attention, inputs: tuple, y: Tensor) -> None:
     count.convolution += 2 * inputs[0].shape[1] ** 2 * module.num_heads * module.head_dim

@@ -1,8 +1,8 @@
-"""How the networks start for which the papers' authors released code: the setting `initialisation` "released".
+"""The initialisation of the papers' released networks: the setting `initialisation` "released".
 
-timm starts ResNets with zeros in the last BatchNorm of every block, depth-wise kernels by the fan-out of one group, and
-classifiers by its own rules.  KernelWarehouse's and ODConv's released networks do none of this; theirs is the way of
-torchvision, whose networks they began from.  Dynamic layers and ConvNeXt start as released anyway.
+timm initialises the last BatchNorm of every ResNet block with zeros, depth-wise kernels by the fan-out of one group,
+and classifiers by its own rules. The released networks of KernelWarehouse and ODConv do none of this: they are derived
+from torchvision's networks and are initialised as these are. Dynamic layers and ConvNeXt start as released anyway.
 """
 
 from torch import nn
@@ -10,16 +10,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .anatomy import family_name
 
-# families whose released code starts them in another way than timm does
+# families that the released code initialises in another way than timm does
 DIFFERENT = ("ResNet", "MobileNetV2")
 
 
-def start_as_released(model, keep_classifier=False):
+def start_as_released(model: nn.Module, keep_classifier: bool = False) -> None:
     """Draw the weights of a static ResNet or MobileNetV2 as the released code does; any other network keeps timm's.
 
-    Convolutions are Kaiming-normal by fan-out, groups not regarded; BatchNorms 1 and 0; the classifier is normal with
-    standard deviation 0.01 and biases 0.
-    keep_classifier: of ResNets, whose released networks with warehouses leave it to PyTorch.
+    Convolutions are Kaiming-normal by a fan-out that ignores groups; BatchNorms have weights 1 and biases 0; the
+    classifier is normal with standard deviation 0.01 and has biases 0.
+
+    Args:
+        model: changed in place.
+        keep_classifier: leave the classifier of a ResNet unchanged. The released ResNets with warehouses leave theirs
+            to PyTorch's initialisation.
     """
     family = family_name(model)
     if family not in DIFFERENT:

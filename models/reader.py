@@ -1,4 +1,4 @@
-"""Reading checkpoint files, from a path or a URL: verified, and without running code."""
+"""Reads checkpoint files from a path or a URL, verifies them, and never runs code from them."""
 
 import argparse
 import contextlib
@@ -9,64 +9,71 @@ import re
 import urllib.request
 import zipfile
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 
-# of a server that says nothing
+# timeout for a server that does not answer
 SECONDS = 30
 
 
-def read_checkpoint(source):
-    """The content of a checkpoint file, which never runs code.
+def read_checkpoint(source: str | os.PathLike) -> Any:
+    """Read the content of a checkpoint file. No code in the file is run.
 
-    source: a path, or a URL (http, https), whose file is kept in torch.hub's folder.
-    Raises FileNotFoundError, or ValueError for a file that is damaged, is no checkpoint, holds anything but tensors and
-    plain values, or cannot be downloaded.
+    Args:
+        source: path, or URL (http, https). A downloaded file is kept in torch.hub's folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, is not a checkpoint, holds anything but tensors and plain values, or cannot be
+            downloaded.
     """
     if str(source).startswith(("http://", "https://")):
         return _read(_download(str(source)), source)
     path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint '{path}' does not exist" if not path.exists() else f"'{path}' is no file")
+        raise FileNotFoundError(
+            f"checkpoint '{path}' does not exist" if not path.exists() else f"'{path}' is not a file"
+        )
     return _read(path, path)
 
 
-def _read(path, name):
-    """The content of a file that messages call by another name."""
+def _read(path: Path, name: str | os.PathLike) -> Any:
+    """Read a file; error messages call it by the given name, such as its URL."""
     try:
-        # torch notices no flipped bit, the container's checksums do
+        # torch does not notice a flipped bit, but the checksums of the zip file do
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
                 raise ValueError(f"checkpoint '{name}' is damaged (checksum of {damaged}); use another copy")
-        # released checkpoints keep their options in this plain record
+        # released checkpoints hold their options in a Namespace, which is plain data
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
             raise ValueError(
                 f"checkpoint '{name}' holds Python objects other than tensors and plain values, which could run code, "
-                "or is no checkpoint; nothing was loaded. Save its state dict alone and load that"
+                "or is not a checkpoint; nothing was loaded. Save its state dict alone and load that"
             ) from None
-        raise ValueError(f"'{name}' is no checkpoint: {_first_line(error)}") from None
+        raise ValueError(f"'{name}' is not a checkpoint: {_first_line(error)}") from None
     except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError, AttributeError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"checkpoint '{name}' is truncated or no checkpoint: {_first_line(error)}") from None
+        raise ValueError(f"checkpoint '{name}' is truncated or not a checkpoint: {_first_line(error)}") from None
 
 
-def _first_line(error):
+def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def _download(url):
-    """The path of the file that a URL names, downloaded unless it is there, whole and as it came.
+def _download(url: str) -> Path:
+    """Download the file of a URL, unless an unchanged copy from an earlier download exists, and return its path.
 
-    A file name such as `model-0123abcd.pth` holds the first digits of its SHA-256, as torch.hub has it.
+    As for torch.hub, a file name such as `model-0123abcd.pth` holds the first digits of the file's SHA-256.
     """
     name = Path(urlsplit(url).path).name or "checkpoint"
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    # several URLs may end in the same name
+    # several URLs may end in the same file name
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     record = path.with_name(path.name + ".sha256")
     if path.is_file() and record.is_file() and record.read_text() == _digest(path):
@@ -83,7 +90,7 @@ def _download(url):
             raise OSError(f"{size} of {expected} bytes came")
         if promised and not digest.startswith(promised[1]):
             raise OSError(f"its SHA-256 begins with {digest[:8]}, not with {promised[1]}")
-        # a record without its file is no harm
+        # the record is written first: a record without its file does no harm
         record.write_text(digest)
         os.replace(temporary, path)
     except (OSError, ValueError) as error:
@@ -94,10 +101,6 @@ def _download(url):
     return path
 
 
-def _digest(path):
+def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,16 +1,20 @@
-"""The names that other repositories give to the same weights: the released checkpoints, and torchvision's.
+"""Renames the weights of released checkpoints and of torchvision's to this project's names.
 
-A released model names its layers after torchvision (MobileNetV2) or the original repository (ConvNeXt), and numbers
-its warehouses; timm's names are used here.
+A released model names its layers as torchvision (MobileNetV2) or the original repository (ConvNeXt) does, and numbers
+its warehouses. This project uses timm's names.
 """
 
 import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
 
 _MOBILENET_BLOCKS = (1, 2, 3, 4, 3, 3, 1)
 
 
-def _mobilenetv2_name(name):
-    """torchvision's `features.4.conv.1.0` -> timm's `blocks.2.0.conv_dw`."""
+def _mobilenetv2_name(name: str) -> str | None:
+    """torchvision's `features.4.conv.1.0` -> timm's `blocks.2.0.conv_dw`; None for a name that is not torchvision's."""
     if match := re.match(r"classifier\.1\.?(?:conv\.)?(.*)", name):
         return f"classifier.{match[1]}"
     match = re.match(r"features\.(\d+)\.(.*)", name)
@@ -53,14 +57,14 @@ _CONVNEXT_RULES = (
 )
 
 
-def _convnext_name(name):
+def _convnext_name(name: str) -> str:
     for pattern, ours in _CONVNEXT_RULES:
         name = re.sub(pattern, ours, name, count=1)
     return name
 
 
-def _rename_of(keys):
-    """The function that turns the names of a state dict's family into timm's."""
+def _rename_of(keys: Iterable[str]) -> Callable[[str], str | None]:
+    """The function that turns the names in a state dict into timm's; the keys tell the model's family."""
     if any(key.startswith("features.") for key in keys):
         return _mobilenetv2_name
     if any(key.startswith("downsample_layers.") for key in keys):
@@ -68,17 +72,23 @@ def _rename_of(keys):
     return lambda name: name
 
 
-def own_keys(model, state, without=()):
-    """A state dict of a released model under this project's names; a key that the model has itself stays as it is.
+def own_keys(model: nn.Module, state: dict[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
+    """Rename the keys of a released model's state dict to this project's.
 
-    model: the model to load into, whose own names and the order of whose warehouses count.
-    without: names of modules that were taken off it.
+    Args:
+        model: the model to load into. It defines the names and the order of the warehouses; a key that it has itself is
+            left unchanged.
+        state: name -> value, of this project or released.
+        without: names of modules that were removed from the model.
+
+    Returns:
+        The same values. A key that matches no name of the model loses only the prefix of DistributedDataParallel.
     """
     own = set(model.state_dict())
-    # DistributedDataParallel's prefix
+    # DistributedDataParallel adds this prefix
     state = {key if key in own else key.removeprefix("module."): value for key, value in state.items()}
     rename = _rename_of([key for key in state if key not in own])
-    # of the whole model, also where its classifier was taken off
+    # the warehouses of the whole model, even if its classifier was removed
     warehouses = list(dict.fromkeys(getattr(model, "conversion", {}).values()))
     taken_off = tuple(f"{name}." for name in without)
     result = {}

@@ -1,13 +1,29 @@
-"""Loading weights strictly: this project's, and the released ones of KernelWarehouse and ODConv."""
+"""Loads weights strictly: this project's, and the released ones of KernelWarehouse and ODConv."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .reader import read_checkpoint
 from .released import own_keys
 
 
-def state_dict_of(checkpoint, model_key="model|module"):
-    """The state dict inside a checkpoint: under one of the keys, `state_dict`, or the whole of it."""
+def state_dict_of(checkpoint: dict[str, Any], model_key: str = "model|module") -> dict[str, Any]:
+    """Find the state dict in a checkpoint.
+
+    Args:
+        checkpoint: a loaded checkpoint, or a bare state dict.
+        model_key: keys of the state dict to try in this order, separated by "|"; "state_dict" is tried last.
+
+    Returns:
+        The dict under the first of these keys, or the checkpoint itself if it holds nothing but tensors.
+
+    Raises:
+        ValueError: the checkpoint is not a dict, or has no state dict.
+    """
     if not isinstance(checkpoint, dict):
         raise ValueError(f"a checkpoint is a dict, not {type(checkpoint).__name__}")
     for key in [*model_key.split("|"), "state_dict"]:
@@ -20,16 +36,27 @@ def state_dict_of(checkpoint, model_key="model|module"):
     return checkpoint
 
 
-def _fit_shape(value, like):
-    """Released 1x1 convolutions are linear layers here, and layer scales vectors: the same numbers, fewer ones."""
+def _fit_shape(value: Tensor, like: Tensor) -> Tensor:
+    """Reshape a tensor to the shape of another one if the two shapes differ by dimensions of size 1 only.
+
+    Released 1x1 convolutions are linear layers here, and released layer scales [1, C, 1, 1] are vectors.
+    """
     squeezed = [tuple(size for size in tensor.shape if size != 1) for tensor in (value, like)]
     return value.reshape(like.shape) if value.shape != like.shape and squeezed[0] == squeezed[1] else value
 
 
-def matched_state(model, state, without=()):
-    """A state dict (ours or released) under the model's names; its differences from the model's.
+def matched_state(
+    model: nn.Module, state: dict[str, Any], without: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[str], list[str], list[str]]:
+    """Rename a state dict to the model's names and compare it with the model.
 
-    Returns (state, missing keys, unexpected keys, keys of another shape).
+    Args:
+        model: the model to load into.
+        state: state dict of this project or a released one.
+        without: names of modules that were removed from the model.
+
+    Returns:
+        The renamed state dict, the missing keys, the unexpected keys, and the keys of another shape.
     """
     own = model.state_dict()
     state = own_keys(model, state, without)
@@ -40,12 +67,27 @@ def matched_state(model, state, without=()):
     return state, missing, unexpected, wrong
 
 
-def load_weights(model, checkpoint, model_key="model|module", without=()):
+def load_weights(
+    model: nn.Module,
+    checkpoint: str | os.PathLike | dict[str, Any],
+    model_key: str = "model|module",
+    without: Sequence[str] = (),
+) -> nn.Module:
     """Load a checkpoint into a model, strictly.
 
-    checkpoint: a path, a loaded checkpoint or a bare state dict; this project's or a released one.
-    without: names of modules that were taken off the model, and that the checkpoint may still have.
-    Returns the model.  Raises ValueError that lists the first keys that differ, and changes nothing then.
+    Args:
+        model: changed in place.
+        checkpoint: path, URL, loaded checkpoint or bare state dict; of this project or a released one.
+        model_key: as for `state_dict_of`.
+        without: names of modules that were removed from the model and that the checkpoint may still have.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, or its keys differ from the model's; lists the first of these. The model is
+            left unchanged.
     """
     name = "the checkpoint"
     if not isinstance(checkpoint, dict):

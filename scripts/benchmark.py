@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Speed and memory of dynamic models beside the static network and the naive backend, in one run.
+"""Measure speed and memory of dynamic models beside the static network and the naive backend, in one run.
 
     python scripts/benchmark.py --kw_config configs/resnet18/kw1x_resnet18.json --batch_size 8 --input_size 224
 
-The naive backend is the definition: assemble, permute, convolve in groups.  Nothing is printed for a model whose
-results differ from it.  Repeats are interleaved; the numbers are medians, with the lower and upper quartile.  Every
-model and size is measured in a process of its own: what an earlier one left of the heap changes the speed of the next.
---csv and --png keep them.  With --layers: every backend, layer by layer.
+The naive backend is the definition: assemble, permute, convolve in groups. Nothing is printed for a model whose results
+differ from it. Repeats are interleaved; the numbers are medians, with the lower and upper quartile. Every model and
+size is measured in a process of its own, because the state of the heap after one measurement changes the speed of the
+next. --csv and --png write the numbers to files. --layers measures every backend, layer by layer.
 """
 
 import argparse
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.threads import wait_briefly
 
 wait_briefly()
-# the profiler writes a line for every start and stop
+# keep the profiler from printing a line at every start and stop
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
@@ -37,16 +37,16 @@ def parse_arguments():
     parser.add_argument("--kw_config", nargs="+", default=["configs/resnet18/kw1x_resnet18.json"])
     parser.add_argument("--batch_size", type=int, nargs="+", default=[8])
     parser.add_argument("--input_size", type=int, nargs="+", default=[224], help="one for all, or one per batch size")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="other than float32: autocast")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="all but float32 use autocast")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--channels_last", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile, static and dynamic")
+    parser.add_argument("--compile", action="store_true", help="also measure both models, static and dynamic, compiled")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the CPU; default %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path, help="write all numbers to this file")
-    parser.add_argument("--png", type=Path, help="draw images per second")
-    parser.add_argument("--layers", action="store_true", help="every backend, layer by layer, instead of whole models")
+    parser.add_argument("--png", type=Path, help="draw images per second to this file")
+    parser.add_argument("--layers", action="store_true", help="measure every backend by layers, not by whole models")
     return parser.parse_args()
 
 
@@ -59,7 +59,7 @@ def print_rows(rows):
 
 
 def draw(rows, path):
-    """Images per second, as a part of the static network's, a panel for each mode."""
+    """Draw images per second, relative to the static network's, in one panel for each mode."""
     modes = sorted({row.mode for row in rows})
     picture, panels = figure(len(modes), height=max(3, 0.16 * len(rows)))
     for axes, mode in zip(panels, modes):
@@ -93,7 +93,7 @@ def compare_models(config, path, batch, size, args):
 
 
 def compare_layers(config, batch, size, args):
-    """Forward and backward times of all backends; the chosen one is marked."""
+    """Print forward and backward times of all backends for every layer; the chosen backend is marked."""
     from models.ops import mixture_conv
     from models.ops.backends import available_backends
     from models.ops.cost import cheapest, estimate
@@ -109,7 +109,7 @@ def compare_layers(config, batch, size, args):
         backends = available_backends(geo, x.dtype, x.device.type)
         chosen, cells_text = cheapest(geo, backends, x.element_size(), x.device.type), []
         costs = {backend: estimate(backend, geo, x.element_size(), x.device.type) for backend in backends}
-        # some would take minutes
+        # leave out backends that the table of costs expects to be 10 times slower; some would take minutes
         for backend in ("naive", *(backend for backend in backends if costs[backend] < 10 * costs[chosen])):
 
             def forward(backend=backend, tensors=tensors, kernel=kernel, rest=rest):

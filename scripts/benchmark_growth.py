@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""How the cost of KernelWarehouse grows with the batch, the resolution and the budget, beside the static network.
+"""Measure how the cost of KernelWarehouse grows with batch, resolution and budget, beside the static network.
 
     python scripts/benchmark_growth.py --output results/growth
 
-Writes OUTPUT.csv and OUTPUT.png.  Every point is a run of its own, with the static network in it.
+Writes OUTPUT.csv and OUTPUT.png. Every point is a separate measurement, which includes the static network.
 """
 
 import argparse
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.threads import wait_briefly
 
 wait_briefly()
-# the profiler writes a line for every start and stop
+# keep the profiler from printing a line at every start and stop
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
@@ -32,11 +32,11 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--output", type=Path, default=Path("results/growth"))
-    parser.add_argument("--batch_size", type=int, default=8, help="where it does not grow")
-    parser.add_argument("--input_size", type=int, default=None, help="where it does not grow; default 64, 224 on a GPU")
+    parser.add_argument("--batch_size", type=int, default=8, help="where it does not vary; default %(default)s")
+    parser.add_argument("--input_size", type=int, default=None, help="where it does not vary; default 64, on a GPU 224")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the CPU; default %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""How fast images are read, decoded and augmented, beside the training step that needs them.
+"""Measure how fast images are read, decoded and augmented, beside the training step that needs them.
 
     python scripts/benchmark_loading.py --kw_config configs/resnet18/kw1x_resnet18.json --data_path /data/imagenet
 
-Images per second of the training loader for every number of loader processes, then of the step alone, so that one sees
-whether the device would wait.  Without --data_path made JPEGs of ImageNet's usual size take the place of photographs;
-they are smoother than most, and so decoded faster.  --csv keeps the numbers.
+Prints images per second of the training loader for every number of loader processes, then of the training step alone;
+the device would wait for a loader that is slower than the step. Without --data_path the script generates JPEGs of
+ImageNet's usual size; they are smoother than most photographs, and therefore decoded faster. --csv writes the numbers
+to a file.
 """
 
 import argparse
@@ -36,18 +37,20 @@ from utils import Process
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kw_config", default="configs/resnet18/kw1x_resnet18.json")
-    parser.add_argument("--data_path", type=Path, help="a folder with train/CLASS/IMAGE; default: made images")
-    parser.add_argument("--images", type=int, default=256, help="how many to make")
+    parser.add_argument("--data_path", type=Path, help="a folder with train/CLASS/IMAGE; default: generated images")
+    parser.add_argument("--images", type=int, default=256, help="number of images to generate; default %(default)s")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--workers", type=int, nargs="+", help="default: 0, 1, 2, 4 ... up to the cores")
-    parser.add_argument("--repeats", type=int, default=3, help="epochs of the loader, and steps")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", help="loader processes; default: 0, 1, 2, 4 ... up to the cores"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="epochs of the loader, and steps; default %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--csv", type=Path, help="write the numbers to this file")
     return parser.parse_args()
 
 
 def make_images(folder, count):
-    """JPEGs of 500 x 375: coloured waves with noise."""
+    """Write JPEGs of 500 x 375 pixels, coloured waves with noise, and return the folder."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[0:375, 0:500]
     for split in ("train", "val"):
@@ -61,7 +64,7 @@ def make_images(folder, count):
 
 
 def loading_speed(args, given, workers, repeats, process):
-    """Images per second of the training loader, the start of its processes left out."""
+    """Images per second of the training loader, without the start of its processes."""
     args.num_workers = workers
     loaders = make_loaders(args, {**given, "num_workers": workers}, process)
     speeds = []
@@ -69,13 +72,13 @@ def loading_speed(args, given, workers, repeats, process):
         loaders.set_epoch(epoch)
         start = time.perf_counter()
         images = sum(len(batch) for batch, _ in loaders.train)
-        if epoch > 0:  # the first one starts the processes
+        if epoch > 0:  # the first epoch starts the processes
             speeds.append(images / (time.perf_counter() - start))
     return statistics.median(speeds)
 
 
 def step_speed(args, config, repeats, device):
-    """Images per second of forward and backward pass."""
+    """Images per second of a forward and a backward pass."""
     torch.manual_seed(0)
     model = build_model(config).to(device).train()
     x = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=device)
@@ -96,7 +99,7 @@ def main():
         try:
             args, given = parse_command_line([*words, "--device", ours.device, "--mixup", "0", "--cutmix", "0"])
             process = Process(0, 1, 0, 1, torch.device(ours.device))
-            # more processes than cores gain nothing, and make_loaders would not start them
+            # make_loaders starts no more processes than cores, since more gain nothing
             counts = ours.workers or [0, *(2**i for i in range(cores().bit_length()))]
             rows = [(f"loader, {n} workers", loading_speed(args, given, n, ours.repeats, process)) for n in counts]
         except ConfigError as error:

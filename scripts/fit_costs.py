@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Measure what the backends cost on this machine, and fit the table of models/ops/cost.py to it.
+"""Measure the backends on this machine, and fit the table of models/ops/cost.py to their times.
 
     python scripts/fit_costs.py
 
-Every backend is timed on the layers of several models, forward and backward.  Prints the table, and how much longer the
-backends that it chooses take than the fastest.
+Every backend is timed on the layers of several models, forward and backward. Prints the table, and how much longer the
+backends that it chooses take than the fastest ones.
 """
 
 import argparse
@@ -44,16 +44,16 @@ CASES = [
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the CPU; default %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--cases", type=int, default=len(CASES), help="how many models to measure")
-    parser.add_argument("--patience", type=float, default=4, help="leave out backends that are so many times slower")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="number of models to measure; default: all")
+    parser.add_argument("--patience", type=float, default=4, help="leave out backends that are this many times slower")
     return parser.parse_args()
 
 
 def measure(geo, tensors, args):
-    """{backend: (forward, backward) in microseconds} of a call."""
+    """Times of a call in microseconds: {backend: (forward, backward)}."""
     backends = available_backends(geo, tensors[0].dtype, args.device)
     times, best = {}, float("inf")
     for backend in backends:
@@ -68,13 +68,13 @@ def measure(geo, tensors, args):
 
 
 def fit(backend, measured, item_bytes):
-    """Costs (forward, backward) of what a backend does, none negative; None where it was never measured."""
+    """Costs (forward, backward) of the terms of a backend's work, none negative; None where it was never measured."""
     rows = [
         (work(backend, geo, item_bytes), times[backend], count) for count, geo, times in measured if backend in times
     ]
     costs = []
     for direction in (0, 1) if rows else ():
-        # relative errors count alike, whatever the size of a call
+        # weights make relative errors count equally in calls of all sizes
         weights = np.array([count**0.5 / times[direction] for _, times, count in rows])
         matrix = np.array([done for done, *_ in rows]) * weights[:, None]
         target = np.array([times[direction] for _, times, _ in rows]) * weights
@@ -87,12 +87,12 @@ def main():
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
-    measured = []  # (how often, geometry, {backend: times})
+    measured = []  # (number of calls, geometry, {backend: times})
     for path, batch, size in CASES[: args.cases]:
         torch.manual_seed(0)
         model = build_model({"model": "convnext_tiny", **read_config(Path("configs") / path)}).to(args.device)
         images = torch.randn(batch, 3, size, size, device=args.device)
-        # the table may not fit what the backends do any more
+        # record with a fixed backend, because the present table may no longer fit the backends
         for count, call in recorded_calls(model, images, partial(forced_backend, "grouped")):
             tensors = [t.to(dtype) for t in call[:3]]
             geo = geometry_of(*call)
@@ -111,7 +111,7 @@ def main():
             }
             chosen += count * times[min(estimates, key=estimates.get)][direction]
             best += count * min(values[direction] for values in times.values())
-        print(f"# {name}: what is chosen takes {chosen / best:.3f} times as long as the fastest")
+        print(f"# {name}: the table's choice takes {chosen / best:.3f} times as long as the fastest backend")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Draws characters of Debian's free fonts as a data set for classification: `--data_set glyphs` of main.py.
+"""Draw characters in Debian's free fonts, as a data set for classification: `--data_set glyphs` of main.py.
 
     apt-get install $(python scripts/make_glyphs.py --packages)
     python scripts/make_glyphs.py --output glyphs
 
-A class is a Chinese character, an image its form in one font, 32x32 pixels.  40 designs are for training, 10 others, of
-other families, for the test: brush, pen, stone, screen and poster.  The characters are drawn by lot from those that
-JIS X 0208 (level 1), GB 2312 and Big5 share and that every font has.  The same packages give the same file; its SHA-256
+A class is a Chinese character; an image is its form in one font, 32x32 pixels. 40 designs are for training, and 10 of
+other families for the test: brush, pen, stone, screen and poster. The characters are chosen at random from those that
+JIS X 0208 (level 1), GB 2312 and Big5 share and that every font has. The same packages give the same file; its SHA-256
 is printed.
 """
 
@@ -79,10 +79,10 @@ TEST = (
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("glyphs"), help="folder of the data set")
-    parser.add_argument("--classes", type=int, default=500, help="characters, 2 to 1600")
-    parser.add_argument("--seed", type=int, default=0, help="which characters")
+    parser.add_argument("--classes", type=int, default=500, help="number of characters, 2 to 1600; default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of characters")
     parser.add_argument("--fonts", type=Path, nargs="+", default=[Path("/usr/share/fonts")], help="folders of fonts")
-    parser.add_argument("--packages", action="store_true", help="print Debian's packages of the fonts, and stop")
+    parser.add_argument("--packages", action="store_true", help="only print the names of the fonts' Debian packages")
     args = parser.parse_args()
     if not 2 <= args.classes <= 1600:
         parser.error("--classes must be from 2 to 1600")
@@ -90,7 +90,7 @@ def parse_arguments():
 
 
 def load_fonts(designs, folders):
-    """The fonts of `designs`; ends the script with the packages to install where one is missing."""
+    """The fonts of `designs`; where one is missing, ends the script and names the packages to install."""
     files = {file.name: file for folder in folders for file in folder.rglob("*.[to]t[fc]")}
     missing = sorted({package for package, name, _ in designs if name not in files})
     if missing:
@@ -99,7 +99,7 @@ def load_fonts(designs, folders):
 
 
 def shared_characters():
-    """The characters of JIS X 0208, level 1, that are in GB 2312 and Big5 as well, in JIS's order."""
+    """The characters of JIS X 0208 (level 1) that are also in GB 2312 and in Big5, in the order of JIS."""
     found = []
     for row in range(16, 48):
         for cell in range(1, 95):
@@ -114,19 +114,19 @@ def shared_characters():
 
 
 def draw(character, font):
-    """The form of a character in a font as [32, 32] levels of grey, ink 255; None where the font does not have it."""
+    """The form of a character in a font, as grey levels [32, 32] with ink 255; None where the font does not have it."""
     canvas = Image.new("L", (2 * DRAWN, 2 * DRAWN))
     try:
         ImageDraw.Draw(canvas).text((DRAWN // 2, DRAWN // 2), character, 255, font)
     except OSError:
-        # some fonts hold characters with broken instructions
+        # some fonts have characters with invalid drawing instructions
         return None
     box = canvas.getbbox()
     if box is None:
         return None
     ink = canvas.crop(box)
     scale = (SIDE - 2 * MARGIN) / max(ink.size)
-    # thin strokes such as those of the character for one keep a pixel
+    # keep at least one pixel of thin strokes, such as that of the character for "one"
     size = [max(1, round(length * scale)) for length in ink.size]
     image = Image.new("L", (SIDE, SIDE))
     image.paste(ink.resize(size, Image.Resampling.BOX), [(SIDE - length) // 2 for length in size])
@@ -134,8 +134,8 @@ def draw(character, font):
 
 
 def draw_all(characters, fonts, count):
-    """Those `count` first characters that all fonts have, and their forms [count, fonts, 32, 32]."""
-    # what fonts show for what they do not have
+    """The first `count` characters that all fonts have, and their forms [count, fonts, 32, 32]."""
+    # the forms that fonts show in place of a character that they do not have
     absent = [{form.tobytes() for c in "\uffff\ue83a" if (form := draw(c, font)) is not None} for font in fonts]
     chosen, forms = [], []
     for character in characters:
@@ -145,7 +145,7 @@ def draw_all(characters, fonts, count):
             forms.append(drawn)
         if len(chosen) == count:
             return chosen, np.array(forms)
-    sys.exit(f"error: the fonts share {len(chosen)} characters only; ask for fewer --classes")
+    sys.exit(f"error: the fonts share only {len(chosen)} characters; lower --classes")
 
 
 def digest_of(arrays):
@@ -170,7 +170,7 @@ def main():
         arrays[f"{name}_labels"] = labels.repeat(part.shape[1])
     args.output.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(args.output / "glyphs.npz", **arrays)
-    counts = f"{len(arrays['train_labels'])} to train, {len(arrays['test_labels'])} to test"
+    counts = f"{len(arrays['train_labels'])} training images, {len(arrays['test_labels'])} test images"
     print(f"{args.output}/glyphs.npz: {args.classes} characters, {counts}, sha256 {digest_of(arrays)}")
 
 

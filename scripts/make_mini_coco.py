@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Write a small COCO-format data set for instance segmentation, to try detectors where COCO is not at hand.
+"""Write a small data set in the format of COCO for instance segmentation, to try detectors without COCO.
 
     python scripts/make_mini_coco.py --output mini_coco
 
-Real handwriting (scikit-learn's digits), scaled, turned, coloured and pasted over patches of two photographs; one
-category for every digit.  Training and validation use different handwriting.  Objects are small to large for the size
-of the pictures; some pictures have none; some annotations are crowds (iscrowd, RLE).  The same seed writes the same
+The objects are real handwritten digits of scikit-learn, scaled, rotated, coloured and pasted over patches of two
+photographs; every digit is a category. Training and validation use different scans. Objects range from small to large
+relative to the image; some images have none; some annotations are crowds (iscrowd, RLE). The same seed gives the same
 files.
 """
 
@@ -20,9 +20,9 @@ from pycocotools import mask as rle
 from sklearn.datasets import load_digits, load_sample_images
 
 CLASSES = tuple("0123456789")
-# of the handwritten digits; the rest is for validation
+# share of the handwritten digits for training; the others are for validation
 TRAINING_SHARE = 0.8
-# heights of objects over the height of the picture
+# ranges of the heights of objects, relative to the height of the image
 HEIGHTS = ((0.14, 0.22), (0.22, 0.35), (0.35, 0.6))
 EMPTY_EVERY, CROWD_EVERY = 20, 10
 
@@ -30,13 +30,13 @@ EMPTY_EVERY, CROWD_EVERY = 20, 10
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("mini_coco"))
-    parser.add_argument("--train", type=int, default=600, help="pictures; default %(default)s")
-    parser.add_argument("--val", type=int, default=150, help="pictures; default %(default)s")
+    parser.add_argument("--train", type=int, default=600, help="training images; default %(default)s")
+    parser.add_argument("--val", type=int, default=150, help="validation images; default %(default)s")
     parser.add_argument("--size", type=int, default=128, help="width and height in pixels; default %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.train < 1 or args.val < 1 or args.size < 32:
-        parser.error("--train and --val need at least 1 picture, --size at least 32 pixels")
+        parser.error("--train and --val must be at least 1, --size at least 32 pixels")
     return args
 
 
@@ -51,7 +51,7 @@ def ground(rng, photographs, size):
 
 
 def drawn(rng, digit, height):
-    """A digit [8, 8] of 0 to 16, scaled and turned: its ink, 0 to 1."""
+    """The ink (0 to 1) of a digit [8, 8] with grey levels 0 to 16, after scaling and rotating it."""
     side = max(8, round(height * 1.1))
     ink = cv2.resize(digit.astype(np.float32) / 16, (side, side), interpolation=cv2.INTER_CUBIC)
     margin = side // 2
@@ -76,11 +76,11 @@ def as_rle(mask):
 
 
 def picture(rng, photographs, digits, size, count, crowd):
-    """A picture [size, size, 3] and its objects: (label, mask [size, size], whether it is a crowd)."""
+    """An image [size, size, 3] and its objects: (label, mask [size, size], whether it is a crowd)."""
     image, objects = ground(rng, photographs, size), []
     taken = np.zeros((size, size), bool)
     for i in range(count + 3 * crowd):
-        # a crowd: three digits side by side under one annotation
+        # a crowd is three digits that do not overlap, under one annotation
         in_crowd = i >= count
         band = HEIGHTS[0] if in_crowd else HEIGHTS[rng.integers(len(HEIGHTS))]
         digit, label = digits[rng.integers(len(digits))]
@@ -106,7 +106,7 @@ def picture(rng, photographs, digits, size, count, crowd):
 
 
 def write(folder, name, rng, photographs, digits, count, size):
-    """Pictures in folder/name and their annotations in folder/annotations."""
+    """Write images to folder/name, and their annotations to folder/annotations."""
     (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
     images, annotations = [], []
@@ -145,7 +145,9 @@ def main():
     photographs = load_sample_images().images
     for i, (name, part, count) in enumerate((("train", digits[:split], args.train), ("val", digits[split:], args.val))):
         write(args.output, name, np.random.default_rng([args.seed, i]), photographs, part, count, args.size)
-    print(f"{args.output}: {args.train} pictures to train on, {args.val} to evaluate on, {args.size} x {args.size}")
+    print(
+        f"{args.output}: {args.train} training images, {args.val} validation images, {args.size} x {args.size} pixels"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Where the time of a training step goes, layer by layer.
+"""Measure the time of every layer in a training step.
 
     python scripts/profile_step.py --kw_config configs/resnet18/kw1x_resnet18.json --batch_size 8
 
-Dynamic layers are listed by name, with the part of their attention; other layers are summed by type.  Every layer is
-waited for, which makes the sum larger than an undisturbed step; that one is printed first.
---trace FILE writes a trace of undisturbed steps for chrome://tracing or Perfetto.
+Dynamic layers are listed by name, with the share of their attention; other layers are summed by type. The device is
+synchronised around every layer, which makes the sum larger than the time of a normal step; that time is printed first.
+--trace FILE writes a trace of normal steps for chrome://tracing or Perfetto.
 """
 
 import argparse
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.threads import wait_briefly
 
 wait_briefly()
-# the profiler writes a line for every start and stop
+# keep the profiler from printing a line at every start and stop
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
@@ -41,16 +41,16 @@ def parse_arguments():
     parser.add_argument("--use_amp", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--channels_last", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the CPU; default %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--trace", type=Path)
+    parser.add_argument("--trace", type=Path, help="write a trace of three steps to this file")
     return parser.parse_args()
 
 
 class Clock:
-    """Times of modules of one input and one output, forward and backward, by hooks that wait for the device.
+    """Forward and backward times of modules with one input and one output, measured by hooks that wait for the device.
 
-    The hooks of the backward pass are on tensors: those on modules do not stand operations in place.
+    The hooks of the backward pass are on tensors, because hooks on modules do not work with in-place operations.
     """
 
     def __init__(self, modules, device):
@@ -67,14 +67,14 @@ class Clock:
     def _stop(self, name, direction, *_):
         wait(self.device)
         started = self.started.pop((name, direction), None)
-        if started is not None:  # a module that returns its input ends before it starts
+        if started is not None:  # in the backward pass, a module that returns its input ends before it starts
             self.times[name][direction] += time.perf_counter() - started
 
     def _before(self, name, module, inputs):
         x = inputs[0]
         self.started.pop((name, BACKWARD), None)
         if x.requires_grad:
-            # another user of the input must not delay the end
+            # the hook is on a view of the input, so that other users of the input do not delay it
             x = x.view_as(x)
             x.register_hook(partial(self._stop, name, BACKWARD))
         self._start(name, FORWARD)
@@ -91,7 +91,10 @@ class Clock:
 
 
 def layers(model):
-    """Modules to time, by name: dynamic layers, their attentions, and all other modules without children."""
+    """Dynamic layers by name, and all modules to time by name.
+
+    The modules to time are the dynamic layers, their attentions, and all other modules without children.
+    """
     users = {name for layers in warehouse_layers(model).values() for name in layers}
     dynamic = {name: module for name, module in model.named_modules() if name in users}
     inside = {f"{name}.{child}" for name, layer in dynamic.items() for child, _ in layer.named_modules() if child}
@@ -115,7 +118,7 @@ def main():
     model.to(args.device, memory_format=layout).train()
     for module in model.modules():
         if getattr(module, "inplace", False):
-            module.inplace = False  # a view of its input would be overwritten
+            module.inplace = False  # in place, it would overwrite the hooks' view of its input
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ema = ModelEmaV3(model)
     x = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=args.device).to(memory_format=layout)
@@ -132,7 +135,7 @@ def main():
         "optimizer": lambda: (optimizer.step(), optimizer.zero_grad()),
         "average of weights": lambda: ema.update(model),
     }
-    for part in parts.values():  # once to warm up
+    for part in parts.values():  # warm-up
         part()
     times = {name: [] for name in parts}
     for _ in range(args.repeats):
@@ -175,7 +178,7 @@ def print_layers(dynamic, modules, times, repeats):
             total[0] += forward
             total[1] += backward
             total[2] += 1
-    print("\n  ms of each layer, waited for: forward (of which attention), backward (of which attention)")
+    print("\n  ms of each layer, synchronised: forward (attention's share), backward (attention's share)")
     for name, module, forward, backward, attention in rows:
         sizes = (getattr(module, "in_channels", None), getattr(module, "out_channels", None))
         what = f"{type(module).__name__} {sizes[0]} -> {sizes[1]}" if all(sizes) else type(module).__name__

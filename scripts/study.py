@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Trains every config of configs/glyphs over three seeds, and reports accuracy over parameters and multiply-adds.
+"""Train every config of configs/glyphs with three seeds, and report accuracy over parameters and multiply-adds.
 
     python scripts/make_glyphs.py --output glyphs
-    python scripts/study.py --data_path glyphs                    # all runs, one after the other; goes on where it was
+    python scripts/study.py --data_path glyphs                    # all runs that are not finished, one after the other
     python scripts/study.py --data_path glyphs --jobs 2           # two at a time
     python scripts/study.py --report                              # table and plot of the runs so far
 
-Every run is main.py with a config and a seed.  When it ends, it is a row of results/study.csv, and is not run again; a
-run that was interrupted goes on from its last checkpoint in --work_dir.  Rows of other data or settings are kept apart.
+Every run is main.py with a config and a seed. A finished run is a row of results/study.csv, and is not repeated. An
+interrupted run continues from its last checkpoint in --work_dir. Runs with other data or settings have separate rows.
 """
 
 import argparse
@@ -42,13 +42,13 @@ def parse_arguments():
     parser.add_argument("configs", nargs="*", help="config files; default: all of configs/glyphs")
     parser.add_argument("--data_path", default="", help="folder that scripts/make_glyphs.py wrote")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each run")
-    parser.add_argument("--hours", type=float, default=math.inf, help="start no run after so many hours")
-    parser.add_argument("--csv", type=Path, default=ROOT / "results/study.csv", help="rows of finished runs")
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "study_runs", help="folder of logs and checkpoints")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at the same time")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run; default %(default)s")
+    parser.add_argument("--hours", type=float, default=math.inf, help="start no run after this many hours")
+    parser.add_argument("--csv", type=Path, default=ROOT / "results/study.csv", help="file for rows of finished runs")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "study_runs", help="folder for logs and checkpoints")
     parser.add_argument("--report", action="store_true", help="only write the table and the plot, beside the CSV")
-    parser.add_argument("--options", nargs="...", default=[], help="the rest are options of main.py, for every run")
+    parser.add_argument("--options", nargs="...", default=[], help="all that follows: options of main.py for every run")
     args = parser.parse_args()
     if not args.report and not (Path(args.data_path) / "glyphs.npz").is_file():
         parser.error("--data_path must be a folder that scripts/make_glyphs.py wrote")
@@ -63,7 +63,7 @@ def read_rows(path):
 
 
 def add_row(path, row):
-    """Append a row of a finished run, whole or not at all."""
+    """Append the row of a finished run. A crash leaves the old file or the whole new one."""
     with LOCK:
         rows = [*read_rows(path), row]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def key_of(row):
 
 
 def options_of(config, options):
-    """All that a config, its recipe and the options of main.py say."""
+    """The settings that a config, its recipe and the options of main.py give."""
     _, given = parse_command_line(["--kw_config", str(ROOT / config), *options])
     return {name: value for name, value in given.items() if name != "kw_config"}
 
@@ -92,7 +92,7 @@ def digest_of_options(given):
 
 
 def train(config, seed, settings, args, data, classes):
-    """Run main.py, and add its row."""
+    """Run main.py, and add the row of the run."""
     folder = args.work_dir / f"{Path(config).stem}-{seed}-{data}-{settings}"
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "main.py", "--kw_config", config, "--seed", str(seed), "--device", "cpu"]
@@ -113,7 +113,7 @@ def train(config, seed, settings, args, data, classes):
 
 
 def run(command, folder, threads, name):
-    """Run a command; its seconds, those of attempts that were interrupted included."""
+    """Run a command; returns its seconds, including those of interrupted attempts."""
     spent = folder / "seconds.txt"
     before, started = float(spent.read_text()) if spent.is_file() else 0.0, time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -134,7 +134,7 @@ def run(command, folder, threads, name):
 
 
 def multiply_adds(given, classes):
-    """Of an image, by the model that the options make."""
+    """Multiply-adds for one image, of the model that the options describe."""
     import torch
 
     from models import build_model
@@ -169,12 +169,12 @@ def summarise(rows):
 
 
 def title(config):
-    """What a config is, without its recipe."""
+    """The description of a config, without its recipe."""
     return json.loads((ROOT / config).read_text())["_about"]["what"].split(";")[0]
 
 
 def table(groups, with_options):
-    """Rows of Markdown, of few parameters first."""
+    """Lines of a Markdown table, sorted by parameters."""
     heads = [
         "network",
         "options",
@@ -202,7 +202,7 @@ def table(groups, with_options):
 
 
 def draw(groups, path):
-    """Error over parameters and over multiply-adds: every run, the mean of the seeds, and its interval."""
+    """Plot the error over parameters and over multiply-adds: every run, the mean of the seeds, and its interval."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -225,7 +225,7 @@ def draw(groups, path):
             x = group[key] / 1e6
             axis.plot(x, mean, marker, color=colours[family], label=shown, markersize=8)
             axis.plot([x] * len(errors), errors, ".", color=colours[family], alpha=0.6)
-            # an interval of two or three seeds may reach over the ends of the scale
+            # an interval of two or three seeds may extend beyond the scale
             axis.plot([x, x], [max(low, 1), min(high, 100)], "-", color=colours[family], linewidth=1)
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     for axis, label in zip(axes, ("parameters, millions", "multiply-adds of an image, millions"), strict=True):
@@ -236,14 +236,16 @@ def draw(groups, path):
             scale.set_major_formatter(plain)
             scale.set_minor_formatter(NullFormatter())
         axis.grid(True, which="major", alpha=0.25)
-    axes[0].set_ylabel("top-1 error in fonts not trained on, % (better below)\nruns, their mean, and its 95 % interval")
+    axes[0].set_ylabel(
+        "top-1 error in fonts not trained on, % (lower is better)\nruns, their mean, and its 95 % interval"
+    )
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def write_report(path):
-    """The tables of all finished runs as Markdown, and the plot of those without options, beside the CSV."""
+    """Write the tables of all finished runs as Markdown, and the plot of those without options, beside the CSV."""
     groups = summarise(read_rows(path))
     if not groups:
         sys.exit(f"error: {path} holds no finished run")
@@ -276,7 +278,7 @@ def main():
     settings = {config: digest_of_options(options_of(config, args.options)) for config in configs}
     runs = [(config, seed, settings[config]) for seed in args.seeds for config in configs]
     runs = [run for run in runs if (run[0], run[1], data, run[2]) not in done]
-    print(f"{len(runs)} runs to go, of data {data}", file=sys.stderr, flush=True)
+    print(f"{len(runs)} runs to go, with data {data}", file=sys.stderr, flush=True)
     until = time.monotonic() + 3600 * args.hours
 
     def train_in_time(run):

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Parameters and multiply-adds of configs, beside those of the papers' tables.
+"""Compare the parameters and multiply-adds of configs with those of the papers' tables.
 
     python scripts/summarize.py                                                 # all of configs/
     python scripts/summarize.py configs/resnet18 --format csv --output resnet18.csv
     python scripts/summarize.py configs/resnet18/kw1x_resnet18.json --detail    # layer by layer
 
-Nothing is computed: models are built without memory.  The counting is that of models/counting.py, for one image of the
-config's input_size (224x224, and 32x32 for CIFAR).  "Added" is what a method adds to the static network: its attention
-and its mixing of kernels; in the papers, the difference to the static network of the same table, and how far it may be
-from that by the rounding of both numbers.  The papers' rows are those of configs/tables.csv.
+Models are built on the meta device, so nothing is computed and no memory is used. models/counting.py counts for one
+image of the config's input_size (224x224, and 32x32 for CIFAR). "Added" is what a method adds to the static network:
+its attention and its mixing of kernels. The papers' value is the difference from the static network of the same table,
+with the error that the rounding of both numbers may cause. The papers' rows are those of configs/tables.csv.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from models.options import MODEL_KEYS, OPTIONS
 
 CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "glyphs": 500}
 UNITS = {"M": 1e6, "G": 1e9}
-# settings of models that change neither parameters nor multiply-adds
+# model settings that change neither parameters nor multiply-adds
 TRAINING_KEYS = {
     "dropout",
     "drop_path",
@@ -47,7 +47,7 @@ NO_ROW = dict.fromkeys((*DESCRIPTION, "parameters", "multiply_adds", "added", "r
 
 @dataclass
 class Row:
-    """A config and a row of the papers' tables; what that row does not give, or where there is none, is None."""
+    """A config and a row of the papers' tables; None stands for values that the row lacks, and for a missing row."""
 
     config: str
     source: str | None
@@ -69,12 +69,12 @@ class Row:
 
     @property
     def parameters_difference(self):
-        """In millions."""
+        """Ours minus the paper's, in millions."""
         return None if self.paper_parameters is None else (self.parameters - self.paper_parameters) / 1e6
 
     @property
     def multiply_adds_difference(self):
-        """In percent."""
+        """Ours relative to the paper's, in percent."""
         if self.paper_multiply_adds is None:
             return None
         return 100 * (self.multiply_adds / self.paper_multiply_adds - 1)
@@ -88,9 +88,9 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="*", type=Path, help="files, or folders of them; default: all of configs/")
     parser.add_argument("--format", choices=("markdown", "csv", "json"), default="markdown")
-    parser.add_argument("--output", type=Path, help="file to write, instead of the terminal")
-    parser.add_argument("--detail", action="store_true", help="every layer's numbers")
-    parser.add_argument("--input_size", type=int, help="side of the image; default: the config's")
+    parser.add_argument("--output", type=Path, help="file to write; default: the terminal")
+    parser.add_argument("--detail", action="store_true", help="numbers of every layer")
+    parser.add_argument("--input_size", type=int, help="height and width of the image; default: the config's")
     args = parser.parse_args()
     if args.input_size is not None and args.input_size < 1:
         parser.error("--input_size must be at least 1")
@@ -98,7 +98,7 @@ def parse_arguments():
 
 
 def find_configs(paths):
-    """The files named, and those of the folders named, without recipes."""
+    """The given files, and the files in the given folders, without recipes."""
     files = []
     for path in paths or [ROOT / "configs"]:
         found = sorted(p for p in path.rglob("*.json") if p.parent.name != "recipes") if path.is_dir() else [path]
@@ -114,12 +114,15 @@ def paper_value(text):
 
 
 def rounding(text):
-    """ "1.814G" -> 5e5, half of its last digit."""
+    """ "1.814G" -> 5e5, half a unit of the last digit."""
     return 0.5 * 10.0 ** -len(text[:-1].partition(".")[2]) * UNITS[text[-1]]
 
 
 def read_tables():
-    """The rows of the papers' tables, with numbers, and with what a method adds to the static network of its table."""
+    """The rows of the papers' tables, with values as numbers.
+
+    "added" is what a method adds to the static network of its table, and "rounding" how far that may be off.
+    """
     with open(ROOT / "configs/tables.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
@@ -133,13 +136,13 @@ def read_tables():
 
 
 def name_of(path):
-    """A config's name in the tables: its path in the repository."""
+    """The name of a config in the tables, which is its path in the repository."""
     path = path.resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
 def count(path, input_size, known):
-    """The layers of a config's model (`LayerCount`).  known: those of models counted before, which is added to."""
+    """The layers (`LayerCount`) of a config's model. `known` caches the counts of earlier models, and is added to."""
     config = read_config(path)
     classes = config.get("nb_classes") or CLASSES.get(config.get("data_set"), OPTIONS["nb_classes"].default)
     size = input_size or config.get("input_size") or OPTIONS["input_size"].default
@@ -158,7 +161,7 @@ def count(path, input_size, known):
 
 
 def summarize(path, layers, tables):
-    """A `Row` for each of the tables' rows that name a config, or a single one without the papers' numbers."""
+    """A `Row` for each row of the tables that names a config; one without the papers' numbers where none does."""
     name, totals = name_of(path), {part: sum(getattr(layer, part) for layer in layers) for part in PARTS}
     own = {
         "config": name,
@@ -193,7 +196,7 @@ def _signed(value, digits):
 
 
 def markdown_table(head, rows):
-    """head: titles, with a colon at the end where numbers are below, to be aligned right."""
+    """A Markdown table. A title in `head` that ends with a colon marks a column of numbers, aligned right."""
     lines = [[title.rstrip(":") for title in head], ["---:" if title.endswith(":") else "---" for title in head], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

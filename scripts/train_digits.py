@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains every config of configs/digits over three seeds, one after the other, and writes a table of what they reach.
+"""Train every config of configs/digits with three seeds, one run after the other, and write a table of the accuracies.
 
 python scripts/train_digits.py --output results/digits.md [CONFIG ...] [--seeds 0 1 2] [--options --temp_epoch 5 ...]
 """
@@ -19,11 +19,11 @@ HEAD = """# Digits
 
 Every method on timm's smallest ResNet, trained on scikit-learn's handwritten digits (1,437 images to train, 360 to
 test, 16x16 pixels) with the recipe `digits`: 10 epochs (ResNet18: 6), the temperature annealed in the first two.
-{threads} threads, seeds {seeds}.  The seconds are those of one command, in the mean.
+{threads} threads, seeds {seeds}. The seconds are the mean time of one command.
 
-This shows that every method trains and evaluates.  It **cannot rank them**: the static network leaves two or three of
-360 images, an image is 0.28 %, and the temperature is annealed over 90 updates where the papers have some 6,000.
-[study.md](study.md) is the comparison.
+This shows that every method trains and evaluates. It **cannot rank them**: the static network misclassifies only two or
+three of 360 images, one image is 0.28 %, and the temperature is annealed over 90 updates, where the papers take about
+6,000. [study.md](study.md) compares the methods.
 
 `python scripts/train_digits.py --output results/digits.md`
 
@@ -35,10 +35,10 @@ TABLE = "| " + " | ".join(COLUMNS) + " |\n|---|---|---:|---:|---:|---:|\n"
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="*", help="config files; default: all of configs/digits")
-    parser.add_argument("--output", default="", help="file of the table; default: the standard output")
+    parser.add_argument("--output", default="", help="file to write the table to; default: the standard output")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--options", nargs="...", default=[], help="the rest are options of main.py, for every run")
+    parser.add_argument("--options", nargs="...", default=[], help="all that follows: options of main.py for every run")
     args = parser.parse_args()
     configs = args.configs or sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/digits/*.json"))
     seeds = ", ".join(map(str, args.seeds))
@@ -47,7 +47,7 @@ def main():
         row = row_of(config, [train(config, seed, args) for seed in args.seeds])
         print(row, file=sys.stderr, flush=True)
         text += row + "\n"
-        # a long run that is stopped keeps what it has
+        # write after every config, so that an interrupted script keeps its rows
         if args.output:
             Path(args.output).write_text(text)
     if not args.output:
@@ -55,7 +55,7 @@ def main():
 
 
 def train(config, seed, args):
-    """(lines of the log, seconds) of a run."""
+    """Train once; returns the lines of the log and the seconds of the run."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--output_dir", folder, "--device", "cpu", "--seed", str(seed), "--save_ckpt", "false"]
         command = [sys.executable, "main.py", "--kw_config", config, *options, *args.options]
@@ -69,7 +69,7 @@ def train(config, seed, args):
 
 
 def row_of(config, runs):
-    """A row of the table."""
+    """The row of the table for a config and its runs."""
     what = json.loads((ROOT / config).read_text())["_about"]["what"].split(";")[0].split(" on scikit")[0]
     log = runs[0][0]
     first, last = (f"{line['train_temperature']:.3g}" for line in (log[0], log[-1]))

@@ -70,6 +70,20 @@ def test_gradients_of_small_maps_in_mixed_precision(kind, compiled):
         assert difference(gradient, expected) < 0.05
 
 
+def test_convolutions_in_mixed_precision_take_their_arguments_by_name():
+    x, weight = torch.randn(4, 8, 1, 1), torch.randn(8, 8, 3, 3, requires_grad=True)
+    (expected,) = torch.autograd.grad(nn.functional.conv2d(x, weight, None, 2, 1).sum(), weight)
+    calls = (
+        lambda: nn.functional.conv2d(x, weight, stride=2, padding=1),
+        lambda: nn.functional.conv2d(x, weight=weight, padding=(1, 1), stride=2),
+        lambda: nn.functional.conv2d(input=x, weight=weight, bias=None, stride=(2, 2), padding=1, groups=1),
+    )
+    for call in calls:
+        with autocast(options(use_amp=True), CPU):
+            (gradient,) = torch.autograd.grad(call().float().sum(), weight)
+        assert difference(gradient, expected) < 0.05
+
+
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
 @pytest.mark.parametrize("name", ["test_convnext", "kw_test_convnext"])
 def test_accumulation_equals_the_large_batch(name, opt):

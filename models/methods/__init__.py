@@ -1,10 +1,11 @@
-"""All methods, a room each: adding one means one file (or folder) here, and its name in `_ROOMS`."""
+"""All methods: each has a module or package here, whose name is in `_ROOMS`."""
 
 import importlib
 
+from ..options import Option
 from .method import Method
 
-# in the order in which documents and messages name them
+# in the order in which documents and messages list the methods
 _ROOMS = (
     "kernel_warehouse",
     "odconv",
@@ -18,7 +19,7 @@ _ROOMS = (
 )
 
 
-def _methods_in(room):
+def _methods_in(room: str) -> list[type[Method]]:
     module = importlib.import_module(f".{room}", __name__)
     own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
     return [value for value in own if isinstance(value, type) and issubclass(value, Method)]
@@ -27,20 +28,24 @@ def _methods_in(room):
 # name -> method
 METHODS = {method.name: method for room in _ROOMS for method in _methods_in(room)}
 ALIASES = {alias: name for name, method in METHODS.items() for alias in method.aliases}
-# name of a class -> a layer that can be used by itself
+# name of a class -> class of a layer, which can also be used alone
 LAYERS = {layer.__name__: layer for method in METHODS.values() for layer in method.layers.values()}
 
 
-def method_named(name):
-    """The method of a name or alias.  Raises ValueError for an unknown one."""
+def method_named(name: str) -> type[Method]:
+    """The method of a name or alias.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
     name = ALIASES.get(name, name)
     if name not in METHODS:
         raise ValueError(f"unknown method '{name}', choose from {', '.join([*METHODS, *ALIASES])}")
     return METHODS[name]
 
 
-def method_options():
-    """Setting -> the `Option` of it that fits all methods."""
+def method_options() -> dict[str, Option]:
+    """Name of a setting -> an `Option` that accepts the values of all methods that have this setting."""
     merged = {}
     for method in METHODS.values():
         for name, (_, option) in method.settings.items():

@@ -1,14 +1,17 @@
-"""Dynamic convolution decomposition (DCD; Li et al., ICLR 2021): channels fused in a small space, by the input.
+"""Dynamic convolution decomposition (DCD; Li et al., ICLR 2021): a static kernel and a dynamic residual of low rank.
 
-Beside the static convolution W0 a dynamic residual of low rank: W(x) = Lambda(x) W0 + P Phi(x) Q^T, where Lambda scales
-the output channels, Q^T maps the input to L channels, Phi [L, L] fuses them, and P maps them to the output.
+W(x) = Lambda(x) W0 + P Phi(x) Q^T: Lambda scales the output channels of the static convolution W0. In the residual,
+Q^T maps the input to L channels, Phi [L, L] fuses them, and P maps them to the output.
 
 Shapes: x is [B, C, *S] and S' the size of the output; L is the rank, H the width of the squeezed input.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..anatomy import block_of, family_name, heads_of, main_layers, without_short_cuts
 from .layer import (
@@ -28,13 +31,13 @@ from .method import Method, Setting, layer_classes
 from .settings import REDUCTION
 
 
-def hard_sigmoid(x):
+def hard_sigmoid(x: Tensor) -> Tensor:
     """relu6(x + 3) / 3: between 0 and 2, and 1 at 0."""
     return F.relu6(x + 3) / 3
 
 
-def inverted_bottleneck_sizes(in_channels, out_channels):
-    """pool and rank of the 1x1 convolutions of MobileNetV2: expanding ones see a 2x2 map of their input."""
+def inverted_bottleneck_sizes(in_channels: int, out_channels: int) -> dict[str, int]:
+    """`pool` and `rank` of a 1x1 convolution of MobileNetV2; the attention of an expanding one sees a 2x2 map."""
     pool, reduction = (2, 8) if in_channels < out_channels else (1, 2)
     inputs = in_channels * pool**2
     while (min(inputs, out_channels) // reduction) ** 2 > 2 * inputs:
@@ -45,10 +48,25 @@ def inverted_bottleneck_sizes(in_channels, out_channels):
 class DCDBranch(nn.Module):
     """Pooled input [B, N] -> Phi [B, L, L] and the scale of the output channels, [B, O].
 
-    A linear layer to H, gated by itself, and a linear layer for each of the two; none has a bias.
+    A linear layer maps the input to H values, and a second one maps these to their own gates. From the gated values
+    one linear layer predicts Phi, another one the scale. None of them has a bias.
+
+    Args:
+        inputs: N.
+        rank: L.
+        hidden: H.
     """
 
-    def __init__(self, inputs, out_channels, rank, hidden, *, device, dtype):
+    def __init__(
+        self,
+        inputs: int,
+        out_channels: int,
+        rank: int,
+        hidden: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
         super().__init__()
         kwargs = {"bias": False, "device": device, "dtype": dtype}
         self.rank = rank
@@ -58,19 +76,31 @@ class DCDBranch(nn.Module):
         self.scale_fc = nn.Linear(hidden, out_channels, **kwargs)
         reset_linear(self)
 
-    def forward(self, pooled):
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         z = self.fc(pooled)
         z = z * hard_sigmoid(self.gate_fc(z))
         return self.phi_fc(z).unflatten(1, (self.rank, self.rank)), hard_sigmoid(self.scale_fc(z))
 
 
 class _DCDLayer:
-    def _setup(self, device, dtype, bias, *, rank=None, pool=1, reduction=1 / 16, hidden=None):
+    def _setup(
+        self,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        bias: bool,
+        *,
+        rank: int | None = None,
+        pool: int = 1,
+        reduction: float = 1 / 16,
+        hidden: int | None = None,
+    ) -> None:
         dims = len(self.kernel_size)
         inputs = self.in_channels * pool**dims if pool >= 1 else 1
         rank = int(inputs**0.5) if rank is None else rank
         if self.groups != 1:
-            raise ValueError(f"groups {self.groups}: channels are fused across all of them; leave such layers static")
+            raise ValueError(
+                f"groups {self.groups}: DCD fuses channels across groups and needs one group; leave such layers static"
+            )
         hidden = hidden_width(max(inputs, rank**2), reduction, 4) if hidden is None else hidden
         for name, value in (("pool", pool), ("rank", rank), ("hidden", hidden)):
             if value < 1:
@@ -86,25 +116,28 @@ class _DCDLayer:
             nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
 
     @torch.no_grad()
-    def keep_weight(self, weight):
-        """Computes what the static kernel [O, I, *k] does: the dynamic residual and the logits of the scale are 0."""
+    def keep_weight(self, weight: Tensor) -> None:
+        """Compute what the static kernel [O, I, *k] does: the residual and the logits of the scale start at 0."""
         self.weight.copy_(weight.reshape(self.kernel_shape))
         self.p.zero_()
         self.attention.scale_fc.weight.zero_()
 
-    def _centred(self, x):
-        """x where the central taps of the kernel see it, so that 1x1 kernels of its stride give maps of its size."""
+    def _centred(self, x: Tensor) -> Tensor:
+        """x, padded or cropped to what the central tap of the kernel sees.
+
+        A 1x1 kernel with the stride of the layer then gives a map of the size of the layer's output.
+        """
         sizes = []
         for p, d, k in zip(self.padding, self.dilation, self.kernel_size, strict=True):
             first = d * ((k - 1) // 2)
             sizes = [p - first, p - d * (k - 1) + first, *sizes]
         return F.pad(x, sizes) if any(sizes) else x
 
-    def mixing_cost(self, positions):
-        """The dynamic branch: Q^T, Phi and P at every position, and the scale of the static one."""
+    def mixing_cost(self, positions: int) -> int:
+        """Multiply-adds of the dynamic branch: Q^T, Phi and P at every position, and the scale of the static branch."""
         return positions * (self.q.numel() + self.rank**2 + self.p.numel() + self.out_channels)
 
-    def convolve(self, x):
+    def convolve(self, x: Tensor) -> Tensor:
         ones = [1] * len(self.kernel_size)
         pooled = global_pool(x) if self.pool == 1 else pool_to(x, self.pool).flatten(1)
         phi, scale = self.attention(pooled)
@@ -115,16 +148,21 @@ class _DCDLayer:
         y = conv(x, self.weight, self.bias, *self._geometry())
         return scaled(y, scale) + z
 
-    def method_repr(self):
+    def method_repr(self) -> str:
         return f"rank={self.rank}, pool={self.pool}"
 
 
 class DCDConv1d(_DCDLayer, Conv1d):
     """`nn.Conv1d` as a static convolution and a dynamic residual: [B, C_in, L] -> [B, C_out, L'] (section 3).
 
-    rank: L; by default the square root of the attention's inputs.  pool: side of the map that the attention sees.
-    reduction, hidden: H over the larger of the attention's inputs and L^2, at least 4, or H itself.
-    Raises ValueError for groups other than 1 and for settings that do not fit.
+    Args:
+        rank: L; None: the square root of the number of the attention's inputs, rounded down.
+        pool: side of the map that the attention sees.
+        reduction: H over the larger of the number of the attention's inputs and L^2; H is at least 4.
+        hidden: H itself; None: `reduction` determines it.
+
+    Raises:
+        ValueError: for groups other than 1 and for settings that do not fit.
     """
 
 
@@ -150,24 +188,25 @@ class DCDLinear(_DCDLayer, Linear):
 
 
 class DCDMethod(Method):
-    """Convolutions without groups in blocks, but those in short cuts and the first; 1x1 ones in MobileNetV2; the
-    classifier.
+    """DCD replaces the `main_layers` without groups, except those in short cuts, and the classifier.
+
+    In MobileNetV2 the former are the 1x1 convolutions of the inverted bottlenecks.
     """
 
     name = "dcd"
     layers = layer_classes("DCD", globals())
     settings = {"reduction": Setting(None, REDUCTION)}
 
-    def default_layers(self):
+    def default_layers(self) -> list[str]:
         names, modules = without_short_cuts(main_layers(self.model)), dict(self.model.named_modules())
         if family_name(self.model) == "MobileNetV2":
             names = [name for name in names if hasattr(modules.get(block_of(name)), "conv_pwl")]
         chosen = {name for name in names if getattr(modules[name], "groups", 1) == 1}
-        chosen |= set(heads_of(self.model, names))
+        chosen |= set(heads_of(self.model, main_layers(self.model)))
         return [name for name in modules if name in chosen]
 
-    def arguments(self, names):
-        """The sizes of the released networks: pooling and rank by the kind of block, a classifier of rank 32."""
+    def arguments(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The sizes of the released networks: pooling and rank by the kind of block; a classifier has rank 32."""
         modules, family = dict(self.model.named_modules()), family_name(self.model)
         reduction, result = self.given["reduction"], {}
         if reduction is None:

@@ -1,8 +1,10 @@
-"""Dynamic convolution (DY-Conv; Chen et al., CVPR 2020): K kernels per layer, added up by an attention to them."""
+"""Dynamic convolution (DY-Conv; Chen et al., CVPR 2020): a sum of K kernels, weighted by an attention to them."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops import mixture_conv
 from .attention_functions import KERNEL_FUNCTIONS, Annealed, caf, last_temperature
@@ -12,12 +14,28 @@ from .settings import ATTENTION_FUNCTION, KERNEL_NUM, REDUCTION
 
 
 class DYAttention(nn.Module):
-    """GAP'ed input [B, C] -> FC -> ReLU -> FC -> softmax at a temperature: alpha [B, K].
+    """Globally pooled input [B, C] -> FC -> ReLU -> FC -> softmax with a temperature: alpha [B, K].
 
-    reduction: hidden width over C.  attention_function: "softmax", or "caf" (KernelWarehouse, Table 10).
+    Args:
+        in_channels: C.
+        kernel_num: K.
+        reduction: hidden width over C.
+        attention_function: "softmax", or "caf" (KernelWarehouse, Table 10).
+
+    Raises:
+        ValueError: for settings that do not fit.
     """
 
-    def __init__(self, in_channels, kernel_num, *, reduction=1 / 4, attention_function="softmax", device, dtype):
+    def __init__(
+        self,
+        in_channels: int,
+        kernel_num: int,
+        *,
+        reduction: float = 1 / 4,
+        attention_function: str = "softmax",
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
         super().__init__()
         check_choice("attention_function", [attention_function], KERNEL_FUNCTIONS)
         self.attention_function = attention_function
@@ -29,7 +47,7 @@ class DYAttention(nn.Module):
         )
         reset_linear(self)
 
-    def forward(self, pooled):
+    def forward(self, pooled: Tensor) -> Tensor:
         z = self.fc2(F.relu(self.fc1(pooled)))
         if self.attention_function == "caf":
             return caf(z, self.temperature)
@@ -37,7 +55,15 @@ class DYAttention(nn.Module):
 
 
 class _DYLayer(Annealed):
-    def _setup(self, device, dtype, bias, *, kernel_num=4, **attention):
+    def _setup(
+        self,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        bias: bool,
+        *,
+        kernel_num: int = 4,
+        **attention: Any,
+    ) -> None:
         if kernel_num < 2:
             raise ValueError(f"kernel_num {kernel_num} is below 2: the attentions to a single kernel are constant")
         kwargs = {"device": device, "dtype": dtype}
@@ -46,26 +72,30 @@ class _DYLayer(Annealed):
         self._make_kernels(bias, kernel_num, **kwargs)
 
     @torch.no_grad()
-    def keep_weight(self, weight):
-        """Every kernel is the static one [O, I, *k]: attentions add up to 1."""
+    def keep_weight(self, weight: Tensor) -> None:
+        """Make every kernel the static one [O, I, *k]: the attentions add up to 1."""
         self.weight.copy_(weight.reshape(self.kernel_shape))
 
-    def mixing_cost(self, positions):
+    def mixing_cost(self, positions: int) -> int:
         return self.weight.numel()
 
-    def convolve(self, x):
+    def convolve(self, x: Tensor) -> Tensor:
         alpha = self.attention(global_pool(x)).unsqueeze(1)
         return mixture_conv(x, alpha, self.weight, self.kernel_size, self.bias, *self._geometry())
 
-    def method_repr(self):
+    def method_repr(self) -> str:
         return f"kernel_num={self.kernel_num}"
 
 
 class DYConv1d(_DYLayer, Conv1d):
     """`nn.Conv1d` with K kernels that an attention adds up: [B, C_in, L] -> [B, C_out, L'].
 
-    kernel_num: K, at least 2; attention: reduction and attention_function of `DYAttention`.  Raises ValueError for
-    settings that do not fit.
+    Args:
+        kernel_num: K, at least 2.
+        **attention: `reduction` and `attention_function` of `DYAttention`.
+
+    Raises:
+        ValueError: for settings that do not fit.
     """
 
 
@@ -91,7 +121,7 @@ class DYLinear(_DYLayer, Linear):
 
 
 class DYConvMethod(Method):
-    """All convolutions but the first, and the linear layers of MLPs and self-attention."""
+    """DY-Conv replaces all convolutions except the first, and the linear layers of MLPs and self-attention."""
 
     name = "dyconv"
     layers = layer_classes("DY", globals())

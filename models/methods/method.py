@@ -1,7 +1,7 @@
-"""What a method is to the rest of the project: a name, layers, settings, and the steps of a conversion."""
+"""The interface of a method to the rest of the project: a name, layers, settings, and the steps of a conversion."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,27 +14,49 @@ _TYPES = {"Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d, "Linear
 
 
 class Setting(NamedTuple):
-    """A setting of a method: its default there, and what configs and the command line may give."""
+    """A setting of a method.
+
+    Args:
+        default: its value in this method if none is given.
+        option: what configs and the command line may give.
+    """
 
     default: Any
     option: Option
 
 
-def layer_classes(prefix, namespace):
-    """Type of a static layer -> the class that replaces it, for those of `PREFIXConv1d` and so on that there are."""
+def layer_classes(prefix: str, namespace: Mapping[str, Any]) -> dict[type[nn.Module], type[nn.Module]]:
+    """Map the type of a static layer to the class that replaces it, found by its name.
+
+    Args:
+        prefix: of the classes' names, as "KW" in `KWConv1d`, `KWConv2d`, `KWConv3d` and `KWLinear`.
+        namespace: where to look for them; those that do not exist are left out.
+    """
     return {kind: namespace[prefix + name] for name, kind in _TYPES.items() if prefix + name in namespace}
 
 
 class Method:
     """A method of dynamic convolution; an instance is one conversion of one model.
 
-    `conversion.convert` calls choose, make and finish, in this order; what they do by default is enough for layers that
-    stand alone.
+    `conversion.convert` enters the context `prepared` and calls `choose`, `make` and, after the context, `finish`.
+    Their defaults suffice for layers that do not depend on each other.
 
-    name: in configs (`NAME_resnet18`) and for `convert`.  aliases: other names of it.
-    layers: type of a static layer -> the class that replaces it (`layer_classes`).
-    settings: name -> `Setting`; any other setting is refused.
-    released_classifier: whether the networks that its authors released draw their classifier as static ones do.
+    Attributes of a subclass:
+        name: in configs (`NAME_resnet18`) and for `convert`.
+        aliases: other names of the method.
+        layers: type of a static layer -> the class that replaces it (see `layer_classes`).
+        settings: name -> `Setting`; any other setting is refused.
+        released_classifier: whether the networks that the method's authors released initialise their classifier as
+            released static networks do.
+
+    Args:
+        model: the model to convert.
+        layers: one or several words of `anatomy.select`; None: the method's own choice.
+        keep_weights: whether the layers start from the static weights.
+        given: settings of the method.
+
+    Raises:
+        ValueError: a setting is unknown.
     """
 
     name: str = ""
@@ -43,12 +65,14 @@ class Method:
     settings: Mapping[str, Setting] = {}
     released_classifier = True
 
-    def __init__(self, model, *, layers=None, keep_weights=False, **given):
-        """layers: words of `anatomy.select`, or one of them; None: the method's own choice.
-
-        keep_weights: whether the layers are to start from the static weights.
-        Raises ValueError for an unknown setting.
-        """
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: str | Sequence[str] | None = None,
+        keep_weights: bool = False,
+        **given: Any,
+    ) -> None:
         self.model, self.keep_weights = model, keep_weights
         self.words = [layers] if isinstance(layers, str) else layers
         unknown = [key for key in given if key not in self.settings]
@@ -57,8 +81,8 @@ class Method:
             raise ValueError(f"{self.name} has no setting '{unknown[0]}'; it takes {known}")
         self.given = {name: self._value(name, given.get(name)) for name in self.settings}
 
-    def _value(self, name, value):
-        """The value of a setting: its default for None, and one value where a config gives a list of one."""
+    def _value(self, name: str, value: Any) -> Any:
+        """The value of a setting: its default for None, and the only item where a config gives a list of one."""
         default, option = self.settings[name]
         if value is None:
             return default
@@ -66,31 +90,54 @@ class Method:
             return [value] if isinstance(value, str) else value
         if option.nargs is None and isinstance(value, (list, tuple)):
             if len(value) != 1:
-                raise ValueError(f"{self.name}: {name} has {len(value)} values; only warehouses have one each")
+                raise ValueError(f"{self.name}: {name} has {len(value)} values; only warehouses take one value each")
             return value[0]
         return value
 
-    def prepared(self):
-        """A context in which the model is as the layers need it; where its body fails, the model is as it was."""
+    def prepared(self) -> contextlib.AbstractContextManager[None]:
+        """A context that changes the model as the layers need it, and undoes the changes if its body fails."""
         return contextlib.nullcontext()
 
-    def choose(self):
-        """The names of the layers to replace.  Raises ValueError where there are none."""
+    def choose(self) -> list[str]:
+        """The names of the layers to replace.
+
+        Raises:
+            ValueError: there are none.
+        """
         names = select(self.model, self.words) if self.words else self.default_layers()
         if not names:
             raise ValueError(f"{self.name}: this model has no layer that it replaces; name them with `layers`")
         return names
 
-    def default_layers(self):
-        """The names of the layers to replace where `layers` does not name them, in the model's order."""
+    def named(self) -> Sequence[str]:
+        """The words that name layers in what the user gave: patterns, or full names."""
+        return self.words or ()
+
+    def leave_static(self, names: Sequence[str], static: Sequence[str]) -> list[str]:
+        """The names of the chosen layers without those that must stay static.
+
+        Raises:
+            ValueError: none is left.
+        """
+        left = [name for name in names if name not in static]
+        if not left:
+            raise ValueError(f"{self.name}: all layers of this model that it replaces must stay static")
+        return left
+
+    def default_layers(self) -> list[str]:
+        """The names of the layers to replace if `layers` is not given, in the model's order."""
         return main_layers(self.model)
 
-    def arguments(self, names):
-        """Name -> keyword arguments of the layer's class."""
+    def arguments(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Name of a layer -> keyword arguments of its class, besides those of the static layer."""
         return dict.fromkeys(names, self.given)
 
-    def make(self, names):
-        """Name -> the layer that replaces it.  Raises ValueError that names the layer."""
+    def make(self, names: Sequence[str]) -> dict[str, nn.Module]:
+        """Name of a layer -> the dynamic layer that replaces it.
+
+        Raises:
+            ValueError: names the layer whose arguments do not fit.
+        """
         modules, made = dict(self.model.named_modules(remove_duplicate=False)), {}
         for name, arguments in self.arguments(names).items():
             try:
@@ -99,10 +146,10 @@ class Method:
                 raise ValueError(f"{self.name}: layer '{name}': {error}") from None
         return made
 
-    def finish(self, names):
-        """What is left to do once the layers are in their places; the names of other layers that were replaced."""
+    def finish(self, names: Sequence[str]) -> list[str]:
+        """Complete the model once the layers are in their places; returns the names of other layers replaced here."""
         return []
 
-    def label(self, name):
-        """What `model.conversion` says of a layer."""
+    def label(self, name: str) -> str:
+        """The entry of `model.conversion` for a layer."""
         return self.name

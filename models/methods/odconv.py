@@ -4,10 +4,12 @@ Shapes: x is [B, C, *S], a layer's weight [K, O, I, *k] with I = C / groups; T i
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..anatomy import main_layers, without_short_cuts
 from ..ops import mixture_conv, sample_conv, with_bias
@@ -34,45 +36,53 @@ SPATIAL_FUNCTIONS = ("sigmoid", "softmax")
 
 
 class Head(nn.Linear):
-    """A linear layer whose weight [out, in, side, side] is kept as that of a convolution, as released."""
+    """A linear layer with the weight of a convolution, [out, in, side, side], as in the released checkpoints."""
 
-    def __init__(self, in_features, out_features, bias=True, side=1, **kwargs):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, side: int = 1, **kwargs: Any) -> None:
         super().__init__(in_features * side**2, out_features, bias, **kwargs)
         self.weight = nn.Parameter(self.weight.detach().reshape(out_features, in_features, side, side))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 class ODHeads(nn.Module):
-    """The attentions of ODConv from a hidden vector [B, H], a linear layer and a function each.
+    """The attentions of ODConv from a hidden vector [B, H]: a linear layer and a function for each.
 
-    attentions: any of "spatial" [B, T], "channel" [B, C], "filter" [B, O] and "kernel" [B, K] (Table 7); what is
-    constant is left out: spatial for kernels of one tap, filter for depth-wise ones, kernel for K = 1.
-    spatial_function: "sigmoid" or "softmax" (Table 11).  attention_function: of the kernels, "softmax", or "caf"
-    (KernelWarehouse, Table 10), whose temperature goes from 1 to 0 and leaves the other attentions alone.
-    attention_sharing False: every kernel has spatial, channel and filter attentions of its own (Table 12).
-    depthwise_filter: keep the filter attention of depth-wise kernels, too.
-    forward returns name -> attention, [B, K or 1, size], "kernel" [B, K]; names that are left out are absent.
+    Args:
+        hidden: H.
+        taps: T.
+        kernel_num: K.
+        attentions: any of "spatial" [B, T], "channel" [B, C], "filter" [B, O] and "kernel" [B, K] (Table 7). Those that
+            would be constant are left out: spatial for kernels of one tap, filter for depth-wise kernels, and kernel
+            for K = 1.
+        spatial_function: "sigmoid" or "softmax" (Table 11).
+        attention_function: of the kernel attention, "softmax", or "caf" (KernelWarehouse, Table 10), whose temperature
+            goes from 1 to 0 and does not affect the other attentions.
+        attention_sharing: whether the kernels share the spatial, channel and filter attentions (Table 12).
+        depthwise_filter: keep the filter attention of depth-wise kernels.
+
+    Raises:
+        ValueError: for settings that do not fit.
     """
 
     def __init__(
         self,
-        hidden,
-        in_channels,
-        out_channels,
-        taps,
-        groups,
-        kernel_num,
+        hidden: int,
+        in_channels: int,
+        out_channels: int,
+        taps: int,
+        groups: int,
+        kernel_num: int,
         *,
-        attentions=ATTENTIONS,
-        spatial_function="sigmoid",
-        attention_function="softmax",
-        attention_sharing=True,
-        depthwise_filter=False,
-        device=None,
-        dtype=None,
-    ):
+        attentions: Sequence[str] = ATTENTIONS,
+        spatial_function: str = "sigmoid",
+        attention_function: str = "softmax",
+        attention_sharing: bool = True,
+        depthwise_filter: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_choice("attention", attentions, ATTENTIONS)
         check_choice("spatial_function", [spatial_function], SPATIAL_FUNCTIONS)
@@ -97,14 +107,17 @@ class ODHeads(nn.Module):
         for name in self.names:
             size = sizes[name] * (1 if name == "kernel" else self.sets)
             self.add_module(f"{name}_fc", Head(hidden, size, device=device, dtype=dtype))
-        # not part of the state_dict, as in released checkpoints: it follows from the training schedule
+        # not in the state dict, as in released checkpoints: the training schedule determines it
         self.register_buffer(
             "temperature", last_temperature(attention_function, device=device, dtype=dtype), persistent=False
         )
         reset_linear(self)
 
-    def attend(self, hidden):
-        """Name -> attention of hidden vectors [B, H]."""
+    def attend(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Name -> attention of hidden vectors [B, H].
+
+        The kernel attention is [B, K], the others are [B, 1 or K, size]. Attentions that are left out have no entry.
+        """
         result, annealed = {}, self.attention_function == "softmax"
         for name in self.names:
             z = getattr(self, f"{name}_fc")(hidden)
@@ -121,8 +134,11 @@ class ODHeads(nn.Module):
         return result
 
     @torch.no_grad()
-    def reset_to_constants(self):
-        """Let all attentions start from zero logits; returns the factor that makes up for those but the kernels'."""
+    def reset_to_constants(self) -> float:
+        """Set all logits to zero.
+
+        Returns the factor of the kernels that compensates for all attentions except the kernel attention.
+        """
         factor = 1.0
         for name in self.names:
             head = getattr(self, f"{name}_fc")
@@ -132,17 +148,17 @@ class ODHeads(nn.Module):
             factor *= 1.0 if name == "kernel" else head.out_features / self.sets if softmax else 2.0
         return factor
 
-    def forward(self, hidden):
+    def forward(self, hidden: Tensor) -> dict[str, Tensor]:
         return self.attend(hidden)
 
-    def product_cost(self, kernel_shape, groups):
+    def product_cost(self, kernel_shape: Sequence[int], groups: int) -> int:
         """Multiply-adds of multiplying the spatial, channel and filter attentions with each other, in this order.
 
-        Each product is as large as what the attentions in it reach of a kernel [O, I, *k]: their part of the last term
-        of equations 3 and 4, k^2 c_in and k^2 c_in c_out.
+        A product has an element for each part of a kernel [O, I, *k] that its attentions tell apart. These are the
+        terms k^2 c_in and k^2 c_in c_out in the last term of equations 3 and 4.
         """
         (c_out, c_in), taps = kernel_shape[:2], math.prod(kernel_shape[2:])
-        # a channel attention reaches [groups, I], a filter attention [groups, O / groups]
+        # a channel attention has values for [groups, I], a filter attention for [groups, O / groups]
         reach = {
             "spatial": {"k": taps},
             "channel": {"g": groups, "i": c_in},
@@ -157,27 +173,35 @@ class ODHeads(nn.Module):
 
 
 class ODAttention(ODHeads):
-    """GAP, FC, norm, ReLU, and the heads (section 3.2): x [B, C, *S] -> name -> attention.
+    """Global average pooling, FC, norm, ReLU, and the heads (section 3.2): x [B, C, *S] -> {name: attention}.
 
-    reduction: hidden width over C, at least 16 wide.  spatial_pool: side of the map that x is pooled to where there is
-    a spatial attention (Table 16; dims 2 only).
+    Args:
+        taps: T.
+        kernel_num: K.
+        reduction: hidden width over C; the hidden layer is at least 16 wide.
+        spatial_pool: side of the map that x is pooled to if there is a spatial attention (Table 16; only for dims 2).
+        dims: number of spatial dimensions of x.
+        **heads: other arguments of `ODHeads`.
+
+    Raises:
+        ValueError: for settings that do not fit.
     """
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        taps,
-        groups,
-        kernel_num,
+        in_channels: int,
+        out_channels: int,
+        taps: int,
+        groups: int,
+        kernel_num: int,
         *,
-        reduction=1 / 16,
-        spatial_pool=1,
-        dims=2,
-        device=None,
-        dtype=None,
-        **heads,
-    ):
+        reduction: float = 1 / 16,
+        spatial_pool: int = 1,
+        dims: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **heads: Any,
+    ) -> None:
         hidden = hidden_width(in_channels, reduction, 16)
         kwargs = {"device": device, "dtype": dtype}
         super().__init__(hidden, in_channels, out_channels, taps, groups, kernel_num, **heads, **kwargs)
@@ -185,14 +209,14 @@ class ODAttention(ODHeads):
             raise ValueError("spatial_pool is for 2-d convolutions")
         self.side = spatial_pool if "spatial" in self.names else 1
         if not self.names:
-            # a parameter that nothing depends on would keep DistributedDataParallel waiting
+            # DistributedDataParallel would wait for the gradient of a parameter that is not used
             self.fc = self.bn = None
             return
         self.fc = Head(in_channels, hidden, bias=False, side=self.side, **kwargs)
         self.bn = AttentionNorm(hidden, **kwargs)
         reset_linear(self.fc)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         if not self.names:
             return {}
         pooled = global_pool(x) if self.side == 1 else F.adaptive_avg_pool2d(x, self.side).flatten(1)
@@ -200,9 +224,17 @@ class ODAttention(ODHeads):
 
 
 class _ODLayer(Annealed):
-    """Equation 2: kernels times their attentions, added up, and convolved."""
+    """Equation 2: kernels are multiplied by their attentions and added up, and x is convolved with the sum."""
 
-    def _setup(self, device, dtype, bias, *, kernel_num=1, **attention):
+    def _setup(
+        self,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        bias: bool,
+        *,
+        kernel_num: int = 1,
+        **attention: Any,
+    ) -> None:
         if kernel_num < 1:
             raise ValueError(f"kernel_num {kernel_num} is below 1")
         kwargs = {"device": device, "dtype": dtype}
@@ -210,31 +242,35 @@ class _ODLayer(Annealed):
         self.attention = self._make_attention(**attention, **kwargs)
         self._make_kernels(bias, kernel_num, **kwargs)
 
-    def _make_attention(self, **settings):
+    def _make_attention(self, **settings: Any) -> ODHeads:
         sizes = self.in_channels, self.out_channels, self.taps, self.groups, self.kernel_num
         return ODAttention(*sizes, dims=len(self.kernel_size), **settings)
 
     @torch.no_grad()
-    def keep_weight(self, weight):
-        """Compute what a static kernel [O, I, *k] does: attentions start as constants that the kernels make up for."""
+    def keep_weight(self, weight: Tensor) -> None:
+        """Compute what the static kernel [O, I, *k] does: the kernels compensate for attentions that are constant."""
         heads = self.attention
         scale = heads.reset_to_constants() / (1 if "kernel" in heads.names else self.kernel_num)
         self.weight.copy_(weight.reshape(self.kernel_shape) * scale)
 
-    def mixing_cost(self, positions):
-        """The last term of equations 3 and 4: each kernel times the product of the other attentions, then its own."""
+    def mixing_cost(self, positions: int) -> int:
+        """The last term of equations 3 and 4.
+
+        Every kernel is multiplied by the product of the spatial, channel and filter attentions, then by its kernel
+        attention.
+        """
         heads = self.attention
         passes = ("kernel" in heads.names) + any(name != "kernel" for name in heads.names)
         return heads.product_cost(self.kernel_shape, self.groups) + passes * self.weight.numel()
 
-    def convolve(self, x):
+    def convolve(self, x: Tensor) -> Tensor:
         return self.modulated(x, self.attention(x))
 
-    def modulated(self, x, attentions):
-        """y of x [B, C, *S] and attentions as `ODHeads` returns them."""
+    def modulated(self, x: Tensor, attentions: dict[str, Tensor]) -> Tensor:
+        """The output [B, O, *S'] for x [B, C, *S] and attentions as `ODHeads` returns them."""
         if self.attention.sets > 1:
             return sample_conv(x, self._separate_kernels(attentions), self.bias, *self._geometry())
-        # attention of channels and filters acts on what goes in and out: no kernel per sample needs it
+        # channel and filter attentions scale the input and the output, so no per-sample kernel is built for them
         if "channel" in attentions:
             x = scaled(x, attentions["channel"])
         alpha, cells = attentions.get("kernel"), self.weight
@@ -250,8 +286,8 @@ class _ODLayer(Annealed):
             y = scaled(y, attentions["filter"])
         return with_bias(y, self.bias)
 
-    def _position_by_position(self, spatial, alpha):
-        """alpha [B, T, K T] and cells [K T, O, I, 1...]: position t is mixed from its own slices of the kernels."""
+    def _position_by_position(self, spatial: Tensor, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
+        """alpha [B, T, K T] and cells [K T, O, I, 1...], which mix position t from the kernels' slices at t."""
         # spatial [B, 1, T], alpha [B, K]
         alpha = spatial.flatten(1) if alpha is None else (alpha.unsqueeze(2) * spatial).flatten(1)
         own = torch.eye(self.taps, dtype=alpha.dtype, device=alpha.device)
@@ -259,8 +295,11 @@ class _ODLayer(Annealed):
         cells = self.weight.flatten(3).movedim(3, 1).flatten(0, 1)
         return alpha, cells.reshape(*cells.shape, *[1] * len(self.kernel_size))
 
-    def _separate_kernels(self, attentions):
-        """[B, O, I, *k] where every kernel has attentions of its own: one after the other, since B K O I T is large."""
+    def _separate_kernels(self, attentions: dict[str, Tensor]) -> Tensor:
+        """The kernels of the samples [B, O, I, *k], if every one of the K kernels has attentions of its own.
+
+        They are added one after the other, since a tensor of B K O I T elements would be large.
+        """
         if set(attentions) == {"filter"}:
             kernels = torch.einsum("bko,koi->boi", attentions["filter"], self.weight.flatten(2))
             return kernels.reshape(-1, *self.kernel_shape)
@@ -279,15 +318,20 @@ class _ODLayer(Annealed):
             total = total + kernel
         return total.reshape(-1, *self.kernel_shape)
 
-    def method_repr(self):
+    def method_repr(self) -> str:
         return f"kernel_num={self.kernel_num}, attentions={'+'.join(self.attention.names)}"
 
 
 class ODConv1d(_ODLayer, Conv1d):
     """`nn.Conv1d` as omni-dimensional dynamic convolution: [B, C_in, L] -> [B, C_out, L'] (equation 2).
 
-    kernel_num: K kernels; attention: reduction, attentions, spatial_function, attention_function, attention_sharing
-    and spatial_pool of `ODAttention`.  Raises ValueError for settings that do not fit.
+    Args:
+        kernel_num: K.
+        **attention: `reduction` and `spatial_pool` of `ODAttention`, and `attentions`, `spatial_function`,
+            `attention_function` and `attention_sharing` of `ODHeads`.
+
+    Raises:
+        ValueError: for settings that do not fit.
     """
 
 
@@ -306,11 +350,17 @@ class ODConv3d(_ODLayer, Conv3d):
 
 
 class ODLinear(_ODLayer, Linear):
-    """`nn.Linear` as a 1x1 ODConv over tokens: [B, ..., C_in] -> [B, ..., C_out].  Arguments as for `ODConv1d`."""
+    """`nn.Linear` as a 1x1 ODConv over tokens: [B, ..., C_in] -> [B, ..., C_out].
+
+    Arguments and errors as for `ODConv1d`.
+    """
 
 
 class ODConvMethod(Method):
-    """All convolutions but the first and, as released, those in the short cuts of ResNets; linear layers as DY-Conv."""
+    """ODConv replaces all convolutions except the first one and the short cuts of ResNets, as the released code does.
+
+    It also replaces the linear layers of MLPs and self-attention, as DY-Conv does.
+    """
 
     name = "odconv"
     # the released name
@@ -331,5 +381,5 @@ class ODConvMethod(Method):
         ),
     }
 
-    def default_layers(self):
+    def default_layers(self) -> list[str]:
         return without_short_cuts(main_layers(self.model))

@@ -1,40 +1,52 @@
-"""What a layer hands to the layers after it within one forward pass."""
+"""Passes a value from layer to layer within one forward pass."""
 
 import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
 
 from ..anatomy import block_of
 from .layer import global_pool
 
 
 class Relay(threading.local):
-    """A value that passes from layer to layer, and is gone with the last one.
+    """A value that passes from layer to layer and is dropped after the last one.
 
-    Every thread has its own, so that forward passes at the same time do not meet.  Layers hold it as an unregistered
-    reference: a copy of the model gets one relay of its own, and nothing of it is saved.
-    layers: the names of those that pass it on, in their order.
-    `enter` begins a pass within another one, which goes on after `leave`.
+    Every thread has a value of its own, so that simultaneous forward passes do not interfere. Layers hold the relay as
+    an unregistered reference: a copy of the model gets a relay of its own, and no value is saved with the model.
+
+    Args:
+        layers: the names of the layers that pass the value on, in their order.
     """
 
-    def __init__(self, layers=()):
+    def __init__(self, layers: Sequence[str] = ()) -> None:
         self.layers, self.outer = tuple(layers), ()
         self.clear()
 
-    def enter(self):
+    def enter(self) -> None:
+        """Begin a pass inside another one, which continues after `leave`."""
         self.outer = (self.value, self.position, self.outer)
         self.clear()
 
-    def leave(self):
+    def leave(self) -> None:
+        """End the pass, and return to the one around it."""
         self.value, self.position, self.outer = self.outer or (None, 0, ())
 
-    def clear(self):
+    def clear(self) -> None:
+        """Drop the value."""
         self.value, self.position = None, 0
 
-    def start(self, value):
-        """The value that the first layer finds."""
+    def start(self, value: Any) -> None:
+        """Set the value that the first layer takes."""
         self.value, self.position = value, 0
 
-    def take(self, layer):
-        """The value for a layer.  Raises RuntimeError where it is not that layer's turn."""
+    def take(self, layer: str) -> Any:
+        """The value for a layer.
+
+        Raises:
+            RuntimeError: it is not this layer's turn.
+        """
         due = self.layers[self.position] if self.value is not None else None
         if layer != due:
             position = self.layers.index(layer)
@@ -46,24 +58,24 @@ class Relay(threading.local):
             )
         return self.value
 
-    def hand_on(self, value):
-        """The value for the next layer; after the last one it is gone."""
+    def hand_on(self, value: Any) -> None:
+        """Set the value for the next layer; after the last layer the value is dropped."""
         self.position += 1
         if self.position < len(self.layers):
             self.value = value
         else:
             self.clear()
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict) -> "Relay":
         memo[id(self)] = copied = Relay(self.layers)
         return copied
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return Relay, (self.layers,)
 
 
-def block_relays(names):
-    """Layer -> the relay of the layers of its block, or one of its own."""
+def block_relays(names: Iterable[str]) -> dict[str, Relay]:
+    """Name of a layer -> the relay that the layers of its block share; a layer outside of blocks has its own."""
     groups = {}
     for name in names:
         groups.setdefault(block_of(name) or name, []).append(name)
@@ -71,21 +83,26 @@ def block_relays(names):
 
 
 class BlockLayer:
-    """A layer of a block whose first layer computes, from the block's input, what all of its layers share."""
+    """A layer of a block. The block's first layer computes from the block's input a value that all its layers share."""
 
-    def _join(self, relay, layer):
-        """relay: of the layers of the block, None for a layer that stands alone; layer: this one's name among them."""
+    def _join(self, relay: Relay | None, layer: str) -> None:
+        """Join the layers of a block.
+
+        Args:
+            relay: of the layers of the block; None for a layer that stands alone.
+            layer: this layer's name in the relay.
+        """
         self.layer = layer
         object.__setattr__(self, "_relay", relay or Relay([layer]))
         self.leads = self._relay.layers[0] == layer
 
     @property
-    def pools(self):
-        """Whether this layer pools its input, as the first one of a block does."""
+    def pools(self) -> bool:
+        """Whether this layer pools its input: the first layer of a block does."""
         return self.leads
 
-    def _shared(self, x, compute):
-        """What the first layer computes of its pooled input [B, C]."""
+    def _shared(self, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """The block's shared value: `compute` of the first layer's pooled input [B, C]."""
         if self.leads:
             self._relay.start(compute(global_pool(x)))
         value = self._relay.take(self.layer)

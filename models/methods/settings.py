@@ -1,11 +1,11 @@
-"""The options of settings that several methods have."""
+"""The options of settings that several methods share."""
 
 from ..options import Option
 
-KERNEL_NUM = Option(int, None, "kernels per layer; null: the method's own", low=1, high=64)
-REDUCTION = Option(float, None, "hidden width of the attention over its input width", above=0, high=1)
+KERNEL_NUM = Option(int, None, "kernels per layer; null: the method's default", low=1, high=64)
+REDUCTION = Option(float, None, "hidden width of the attention relative to its input width", above=0, high=1)
 ATTENTION_FUNCTION = Option(
-    str, None, "attention function; null: the method's own (KW: caf; ODConv, DY-Conv: softmax)",
+    str, None, "attention function; null: the method's default (KW: caf; ODConv, DY-Conv: softmax)",
     choices=("softmax", "caf"),
 )  # fmt: skip
 ATTENTIONS_OPTION = Option(

@@ -1,4 +1,4 @@
-"""The one operator of all dynamic convolutions: kernels mixed from cells, per sample, and convolved."""
+"""The operators of all dynamic convolutions: every sample has its own kernel, mixed from cells or given."""
 
 from .mixture_conv import mixture_conv
 from .naive import mixture_conv_naive

@@ -1,19 +1,20 @@
-"""Watching the operators and choosing the backend from outside, for tests and measurements.
+"""Observe operator calls and force a backend from outside, for tests and measurements.
 
-Not for several threads.
+Not thread-safe: the observers and the forced backend are global.
 """
 
 import contextlib
+from collections.abc import Callable, Iterator
 
 _observers = []
 _forced = None
 
 
 @contextlib.contextmanager
-def observed(function):
-    """Within it every call of an operator is told: function(name, *arguments) with the positional arguments.
+def observed(function: Callable[..., object]) -> Iterator[None]:
+    """Inside the context, call `function(name, *arguments)` at every call of an operator.
 
-    The operators are "mixture_conv" and "sample_conv".
+    The name is "mixture_conv" or "sample_conv"; the arguments are the positional ones of that operator, in its order.
     """
     _observers.append(function)
     try:
@@ -22,17 +23,17 @@ def observed(function):
         _observers.remove(function)
 
 
-def tell(name, *arguments):
-    """Tell all observers of a call."""
+def tell(name: str, *arguments: object) -> None:
+    """Report the call of an operator to all observers."""
     for function in _observers:
         function(name, *arguments)
 
 
 @contextlib.contextmanager
-def forced_backend(backend):
-    """Within it every mixture convolution uses this backend where it can; None lets the cost decide.
+def forced_backend(backend: str | None) -> Iterator[None]:
+    """Inside the context, evaluate every mixture convolution with this backend where it can; None lets the cost decide.
 
-    With "naive" `sample_conv`, too, is evaluated as it is defined.
+    With "naive", `sample_conv` is also evaluated by its definition, `grouped_sample_conv`.
     """
     global _forced
     before, _forced = _forced, backend
@@ -42,6 +43,6 @@ def forced_backend(backend):
         _forced = before
 
 
-def backend_forced():
-    """The backend that `forced_backend` asks for, or None."""
+def backend_forced() -> str | None:
+    """The backend that `forced_backend` has set, or None."""
     return _forced

@@ -1,19 +1,20 @@
-"""Which backend evaluates a call soonest: the estimated time of every backend is a sum over what it does.
+"""Cost model that chooses the fastest backend for a call: it estimates a backend's time as a sum over its work.
 
-The unit is the microsecond.  Only ratios matter.
+Times are in microseconds.  Only their ratios matter.
 """
 
 import math
+from collections.abc import Sequence
 
 from .geometry import Geometry, patches_are_copies
 from .scratch import LIMIT_BYTES
 
 GIGA, MB = 1e9, 1 << 20
-LANES = 16  # of a vector register
-TILE = 16  # rows, columns and inner sizes of tiles that tensor cores multiply
+LANES = 16  # numbers in a vector register
+TILE = 16  # rows, columns and inner size of the tiles that tensor cores multiply
 
-# microseconds for what `work` counts, (forward pass, backward pass)
-# cpu: `python scripts/fit_costs.py` with 2 threads on x86-64 server cores with AVX-512
+# Microseconds per unit of each amount that `work` returns: (forward pass, backward pass).
+# CPU: measured by `python scripts/fit_costs.py` with 2 threads on x86-64 server cores with AVX-512.
 CPU = {
     "grouped": [
         (17500, 196, 302, 1150, 12800, 17100, 113, 0, 145),
@@ -44,7 +45,7 @@ CPU = {
         (20700, 53700, 122, 167, 361, 296, 42.6),
     ],
 }
-# the same with `--dtype bfloat16 --cases 8`: libraries multiply in it, compiled backends in float32
+# The same with `--dtype bfloat16 --cases 8`: libraries multiply in bfloat16, compiled backends in float32.
 CPU_HALF = {
     "grouped": [
         (6530, 132, 417, 1150, 7370, 19900, 180, 0, 280),
@@ -75,8 +76,8 @@ CPU_HALF = {
         (25900, 39800, 231, 328, 402, 581, 90.3),
     ],
 }
-# not measured: set from the memory bandwidth and peak rate of a data-centre GPU, where cuDNN's grouped convolution of
-# one sample's kernel each is the slow part.  Backends that are missing are chosen only by name
+# Not measured, but set from the memory bandwidth and the peak rate of a data-centre GPU, where the slow part is cuDNN's
+# grouped convolution with one group per sample.  Backends that are missing here run only when they are named.
 CUDA = {
     "grouped": [(10, 0.5, 20.5, 20.5, 10, 10, 1, 0, 20)] * 2,
     "batched": [(10, 0.5, 0.5, 10, 1, 0.5, 5, 15)] * 2,
@@ -85,27 +86,35 @@ CUDA = {
 }
 
 
-def _costs(device, item_bytes):
+def _costs(device: str, item_bytes: int) -> dict[str, list[tuple[float, ...]]]:
     return CUDA if device == "cuda" else CPU_HALF if item_bytes == 2 else CPU
 
 
-def _filled(size, tile):
-    """A size, filled up to whole tiles."""
+def _filled(size: int, tile: int) -> int:
+    """The size, rounded up to whole tiles."""
     return math.ceil(size / tile) * tile
 
 
-def work(backend, geo: Geometry, item_bytes):
-    """What a backend has to do in a forward pass: 1e9 multiply-adds of its products, MB that it moves, calls."""
+def work(backend: str, geo: Geometry, item_bytes: int) -> tuple[float, ...]:
+    """Amounts of work of a backend in a forward pass, in the order of the costs in `CPU`.
+
+    Args:
+        backend: its name.
+        item_bytes: bytes of one number.
+
+    Returns:
+        Multiply-adds of its products in 1e9, memory traffic in MB, and numbers of calls.
+    """
     groups = geo.groups if geo.foldable else 1
     batch, g_out, k = geo.batch * groups, geo.g_out // groups, geo.taps * geo.g_in
     c_out, q, positions = geo.cell[0], geo.q, geo.positions
     kernels = batch * g_out * c_out * k * q
-    # twice as wide numbers take twice as long
+    # numbers that are twice as wide take twice as long
     wide = max(1, item_bytes / 4) / GIGA
     size = kernels * item_bytes / MB
     mix, convolve = kernels * geo.n * wide, kernels * positions * wide
     warehouse = geo.n * c_out * q * item_bytes / MB
-    # inputs and outputs, where they are as a compiled backend wants them and where they are turned around
+    # inputs and outputs that already have the layout of a compiled backend, and those that it has to transpose
     moved = geo.batch * positions * (geo.c_out + geo.groups * geo.g_in * q) * item_bytes / MB
     as_they_are, turned = (moved, 0) if geo.last == (backend == "fused") else (0, moved)
     if backend == "grouped":
@@ -115,7 +124,7 @@ def work(backend, geo: Geometry, item_bytes):
         return mix, warehouse, size * (not fresh), size * fresh, dense, sparse, moved, geo.batch, 1
     if backend == "batched":
         patches = batch * k * q * positions * item_bytes / MB if patches_are_copies(geo) else 0
-        # every product but the first adds to the output in memory
+        # every product but the first is added to the output in memory
         sums = (k - 1) * batch * g_out * c_out * positions * item_bytes / MB
         return mix, warehouse, size, convolve, patches, sums, k, 1
     if backend == "mixed":
@@ -125,7 +134,7 @@ def work(backend, geo: Geometry, item_bytes):
         cells = geo.n * batch * c_out * positions
         return cells * q * wide, warehouse, cells * item_bytes / MB, moved, 1
     if backend == "fused":
-        # channels fill whole registers, and short products wait for their operands
+        # channels are padded to whole registers, and short products wait for their operands
         kernels = batch * k * g_out * _filled(c_out, LANES) * _filled(q, LANES) * wide
         short = max(1, 6 / max(1, batch * g_out * k))
         return kernels * max(positions, 4), kernels * geo.n * short, warehouse, as_they_are, turned, 1
@@ -133,35 +142,37 @@ def work(backend, geo: Geometry, item_bytes):
         return convolve, mix, as_they_are, turned, geo.batch * geo.c_out / 1e6, warehouse, 1
     if backend == "pointwise":
         return convolve, mix, size, as_they_are, turned, warehouse, 1
-    # Triton: tiles are full, whatever the shape
+    if backend not in ("triton", "triton_fused"):
+        raise KeyError(backend)
+    # Triton: every shape is padded to full tiles
     kernels = batch * k * g_out * _filled(c_out, TILE) * _filled(q, TILE) * (1 if item_bytes < 4 else 4) / GIGA
     mix = kernels * _filled(geo.n, TILE)
     if backend == "triton":
         return mix, kernels * _filled(positions, TILE), size, 1
-    # mixed anew for every 64 positions, for 16 samples at a time
+    # "triton_fused" mixes the kernels again for every 64 positions, 16 samples at a time
     full = _filled(batch, TILE) / max(1, batch)
     return mix * math.ceil(positions / 64) * full, kernels * _filled(positions, TILE) * full, 1
 
 
-def estimate(backend, geo, item_bytes, device, backward=False):
-    """Estimated microseconds of a pass."""
+def estimate(backend: str, geo: Geometry, item_bytes: int, device: str, backward: bool = False) -> float:
+    """Estimated microseconds of a pass; infinite for a backend without costs on this type of device."""
     costs = _costs(device, item_bytes).get(backend)
     if costs is None:
         return math.inf
     return sum(a * b for a, b in zip(work(backend, geo, item_bytes), costs[backward], strict=True))
 
 
-def cheapest(geo, available, item_bytes, device, backward=False):
-    """The backend of least estimated cost; in float64 the one that rounds as the definition does.
+def cheapest(geo: Geometry, available: Sequence[str], item_bytes: int, device: str, backward: bool = False) -> str:
+    """The available backend of least estimated cost; in float64 the one that rounds as the definition does ("grouped").
 
-    That type is for comparisons, and deep networks amplify a rounding of 1e-16 up to 1e10 times.
+    float64 is for comparisons, and deep networks amplify a rounding error of 1e-16 up to 1e10 times.
     """
     if item_bytes == 8 and "grouped" in available:
         return "grouped"
     if "pointwise" in available and not geo.last and item_bytes > 2:
-        # the same products as theirs, in one call and without copies
+        # "pointwise" computes the same products as these two, in one call and without copies
         available = [backend for backend in available if backend not in ("grouped", "batched")]
     if "depthwise" in available and math.prod(geo.kernel) == 1:
-        # oneDNN's depth-wise convolutions of one tap, as on maps of one pixel, take 100 times as long
+        # oneDNN takes 100 times as long for depth-wise convolutions of one tap, which occur on maps of one pixel
         available = [backend for backend in available if backend != "grouped"]
     return min(available, key=lambda backend: estimate(backend, geo, item_bytes, device, backward))

@@ -1,67 +1,83 @@
 """Shapes of one call of the mixture convolution, and the patches that its kernels see.
 
-Legend: B batch, C input channels of a group, q = ci * prod(k) numbers that a cell reads per position, T taps (kernel
-positions that have cells of their own), P output positions, Go and Gi blocks of output and input channels of a group.
+Legend: B batch, C input channels of a group, n cells of shape [co, ci, *k], m mixtures of cells in a kernel,
+q = ci * prod(k) numbers that a cell reads per position, T taps (kernel positions with their own cells), P output
+positions, Go and Gi blocks of co output and ci input channels of a group.  A dead tap sees only padding.
 """
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .scratch import scratch
 
-# output positions up to which a map is small: products then have positions as rows, whatever the layout of the input,
-# and beat a grouped convolution
+# A map is small up to this many output positions: products then have positions as rows in every layout of the input,
+# and are faster than a grouped convolution.
 SMALL_MAP = 64
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Everything that follows from the shapes of a call, with taps that only ever see padding left out."""
+    """Everything that follows from the shapes of a call.
+
+    If every tap has its own cells, dead taps at the borders of the kernel are left out.
+    """
 
     batch: int
     groups: int
-    c_in: int
+    c_in: int  # of a group
     g_out: int  # over all groups
-    g_in: int
+    g_in: int  # of a group
     n: int
-    cell: tuple  # (co, ci, *k)
-    full_kernel: tuple
-    kernel: tuple  # without dead taps
-    first_tap: tuple
-    per_tap: bool  # cells have no spatial extent: every tap has its own
-    pads: tuple  # (left, right) of each dimension; negative ones crop
-    stride: tuple
-    dilation: tuple
-    out: tuple
+    cell: tuple[int, ...]  # (co, ci, *k)
+    full_kernel: tuple[int, ...]
+    kernel: tuple[int, ...]  # without dead taps
+    first_tap: tuple[int, ...]  # where `kernel` begins in `full_kernel`
+    per_tap: bool  # whether cells have no spatial extent, so that every tap has its own
+    pads: tuple[tuple[int, int], ...]  # (left, right) of each dimension; negative ones crop
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    out: tuple[int, ...]  # spatial size of the output
     last: bool = False  # whether channels of x are innermost in memory
 
     @property
-    def taps(self):
+    def taps(self) -> int:
+        """T; 1 if a cell covers the whole kernel."""
         return math.prod(self.kernel) if self.per_tap else 1
 
     @property
-    def q(self):
+    def q(self) -> int:
+        """Numbers that a cell reads per position."""
         return math.prod(self.cell[1:]) if self.per_tap else self.cell[1] * math.prod(self.kernel)
 
     @property
-    def positions(self):
+    def positions(self) -> int:
+        """P, the output positions."""
         return math.prod(self.out)
 
     @property
-    def c_out(self):
+    def c_out(self) -> int:
+        """Output channels of all groups."""
         return self.g_out * self.cell[0]
 
     @property
-    def foldable(self):
-        """Whether no cell reaches over two groups, so that groups are no more than a larger batch."""
+    def foldable(self) -> bool:
+        """Whether every cell lies within one group, so that groups can be treated as a larger batch."""
         return self.groups == 1 or (self.g_out % self.groups == 0)
 
 
-def output_size(spatial, kernel_size, stride, padding, dilation):
+def output_size(
+    spatial: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
     """Output size of a convolution, per dimension."""
     return [
         (size + 2 * p - d * (k - 1) - 1) // s + 1
@@ -69,14 +85,24 @@ def output_size(spatial, kernel_size, stride, padding, dilation):
     ]
 
 
-def live_taps(size, kernel, stride, padding, dilation, out):
+def live_taps(size: int, kernel: int, stride: int, padding: int, dilation: int, out: int) -> list[int]:
     """The positions of a kernel, in one dimension, that see more than padding."""
     taps = range(kernel)
     return [t for t in taps if any(0 <= i * stride + t * dilation - padding < size for i in range(out))]
 
 
-def geometry(x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, dilation, groups, last=False):
-    """The `Geometry` of a call."""
+def geometry(
+    x_shape: Sequence[int],
+    alpha_shape: Sequence[int],
+    cells_shape: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    last: bool = False,
+) -> Geometry:
+    """The `Geometry` of a call; `last` tells whether the channels of x are innermost in memory."""
     spatial, (n, *cell) = x_shape[2:], cells_shape
     c_in = x_shape[1] // groups
     per_tap = math.prod(cell[2:]) == 1
@@ -113,20 +139,20 @@ def geometry(x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, di
     )
 
 
-def is_channels_last(x):
+def is_channels_last(x: Tensor) -> bool:
     """Whether channels are innermost in memory (as in torch.channels_last, in any number of dimensions)."""
     return x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
 
 
-def empty_like_layout(x, channels, out):
-    """An empty output [B, channels, *out], channels innermost where the input's are."""
+def empty_like_layout(x: Tensor, channels: int, out: Sequence[int]) -> Tensor:
+    """An uninitialised output [B, channels, *out], with channels innermost in memory if those of x are."""
     if is_channels_last(x):
         return x.new_empty(x.shape[0], *out, channels).movedim(-1, 1)
     return x.new_empty(x.shape[0], channels, *out)
 
 
-def live_alpha(alpha, geo):
-    """alpha [B, m, n] -> [B, T, Go, Gi, n] (a view), without the dead taps."""
+def live_alpha(alpha: Tensor, geo: Geometry) -> Tensor:
+    """alpha [B, m, n] -> [B, T, Go, Gi, n] without the dead taps, Go over all groups; a view where memory allows it."""
     if not geo.per_tap:
         return alpha.reshape(geo.batch, 1, geo.g_out, geo.g_in, geo.n)
     alpha = alpha.reshape(geo.batch, *geo.full_kernel, geo.g_out, geo.g_in, geo.n)
@@ -135,8 +161,8 @@ def live_alpha(alpha, geo):
     return alpha if len(geo.kernel) == 1 else alpha.flatten(1, len(geo.kernel))
 
 
-def full_alpha(grad, geo):
-    """The gradient [B, T, Go, Gi, n] of live taps -> [B, m, n], zero for dead ones."""
+def full_alpha(grad: Tensor, geo: Geometry) -> Tensor:
+    """The gradient [B, T, Go, Gi, n] of the live taps -> [B, m, n], with zeros for the dead ones."""
     if geo.per_tap and geo.kernel != geo.full_kernel:
         full = grad.new_zeros(geo.batch, *geo.full_kernel, geo.g_out, geo.g_in, geo.n)
         live = full
@@ -147,22 +173,22 @@ def full_alpha(grad, geo):
     return grad.reshape(geo.batch, -1, geo.n)
 
 
-def pad(x, geo):
-    """x with the padding that the live taps see."""
+def pad(x: Tensor, geo: Geometry) -> Tensor:
+    """x with the padding that the live taps see; negative padding crops."""
     if all(p == (0, 0) for p in geo.pads):
         return x
     return F.pad(x, [side for left_right in reversed(geo.pads) for side in left_right])
 
 
-def unpad(dx, geo):
-    """The adjoint of `pad`: the gradient without that of the padding, and with zeros where `pad` crops."""
+def unpad(dx: Tensor, geo: Geometry) -> Tensor:
+    """The adjoint of `pad`: remove the gradient of the padding, and insert zeros where `pad` crops."""
     crop = [-side for left_right in reversed(geo.pads) for side in left_right]
     return F.pad(dx, crop) if any(crop) else dx
 
 
-def library_convolution(x, geo):
-    """(source, arguments): what PyTorch's convolution reads, and its arguments between the bias and the groups."""
-    # the library pads both sides alike, which is right where it finds the same output positions
+def library_convolution(x: Tensor, geo: Geometry) -> tuple[Tensor, tuple]:
+    """(source, arguments) of PyTorch's convolution: its input, and its arguments between the bias and the groups."""
+    # the library pads both sides by the same amount, which is right only where that gives the same output positions
     dims = zip(x.shape[2:], geo.kernel, geo.stride, geo.dilation, geo.out, geo.pads, strict=True)
     symmetric = all(
         left >= 0 and out == (size + 2 * left - d * (k - 1) - 1) // s + 1 for size, k, s, d, out, (left, _) in dims
@@ -172,7 +198,7 @@ def library_convolution(x, geo):
     return x if symmetric else pad(x, geo), arguments
 
 
-def windows(x, geo):
+def windows(x: Tensor, geo: Geometry) -> Tensor:
     """Padded x [B, C, *S] -> a view [B, C, *kernel, *out] of what every tap sees at every position."""
     sizes = [*x.shape[:2], *geo.kernel, *geo.out]
     steps = list(x.stride()[2:])
@@ -184,15 +210,17 @@ def windows(x, geo):
     return x.as_strided(sizes, strides, x.storage_offset())
 
 
-def patches_are_copies(geo):
-    """Whether taps overlap, so that patches cannot be a view of the input."""
+def patches_are_copies(geo: Geometry) -> bool:
+    """Whether `patches` must copy: always, except for point-wise convolutions of stride 1 without padding."""
     return not (set(geo.kernel) == {1} and set(geo.stride) == {1} and set(geo.pads) == {(0, 0)})
 
 
-def patches(x, geo, layout):
-    """What the kernels see, as a tensor of one of the layouts (letters: k = T * Gi, b, q, p) "kbqp", "kbpq", "bkpq".
+def patches(x: Tensor, geo: Geometry, layout: str) -> Tensor:
+    """What the kernels see: a copy in scratch memory if `patches_are_copies`, else a view.
 
-    A view where the convolution is point-wise, else a copy.
+    Args:
+        x: [B, C, *S], where the groups are part of the batch.
+        layout: order of the dimensions, "kbqp", "kbpq" or "bkpq", where k = T * Gi, b = B, p = P.
     """
     dims = len(geo.kernel)
     seen = windows(pad(x, geo), geo).unflatten(1, (geo.g_in, geo.cell[1]))  # [B, Gi, ci, *K, *P]
@@ -202,8 +230,14 @@ def patches(x, geo, layout):
     return seen.reshape(_sizes(layout, x.shape[0], geo))
 
 
-def unpatches(cols, geo, layout, x_shape):
-    """The adjoint of `patches`: the sum, at every input position of x_shape, of what was taken from it."""
+def unpatches(cols: Tensor, geo: Geometry, layout: str, x_shape: Sequence[int]) -> Tensor:
+    """The adjoint of `patches`: for every input position, the sum over all of its copies.
+
+    Args:
+        cols: gradient of the patches.
+        layout: that of `cols`, as in `patches`.
+        x_shape: shape of the result, [B, C, *S].
+    """
     dims = len(geo.kernel)
     axes = _axes(layout, dims, geo.per_tap)
     batch, sizes = x_shape[0], [x_shape[0], geo.g_in, geo.cell[1], *geo.kernel, *geo.out]
@@ -212,7 +246,7 @@ def unpatches(cols, geo, layout, x_shape):
     if not patches_are_copies(geo):
         return seen.reshape(x_shape)
     padded = [size + left + right for size, (left, right) in zip(x_shape[2:], geo.pads, strict=True)]
-    # half precision would round the sum once per tap
+    # in half precision the sum would be rounded once per tap
     dtype = cols.dtype if cols.dtype == torch.float64 else torch.float32
     if layout.endswith("q"):
         total = cols.new_zeros(batch, *padded, x_shape[1], dtype=dtype).movedim(-1, 1)
@@ -220,7 +254,7 @@ def unpatches(cols, geo, layout, x_shape):
         total = cols.new_zeros(batch, x_shape[1], *padded, dtype=dtype)
     split = total.unflatten(1, (geo.g_in, geo.cell[1]))
     every = (slice(None),) * 3
-    # a tap sees distinct positions, so that each is added as one slice
+    # a tap sees every position at most once, so its gradient is added as one slice
     for tap in itertools.product(*map(range, geo.kernel)):
         where = tuple(
             slice(t * d, t * d + (o - 1) * s + 1, s)
@@ -230,8 +264,8 @@ def unpatches(cols, geo, layout, x_shape):
     return unpad(total, geo).to(cols.dtype)
 
 
-def _axes(layout, dims, per_tap):
-    """Order of the axes of [B, Gi, ci, *K, *P] that a layout asks for."""
+def _axes(layout: str, dims: int, per_tap: bool) -> list[int]:
+    """The permutation of the axes [B, Gi, ci, *K, *P] that a layout needs."""
     taps = list(range(3, 3 + dims))
     letters = {
         "b": [0],
@@ -242,6 +276,6 @@ def _axes(layout, dims, per_tap):
     return [axis for letter in layout for axis in letters[letter]]
 
 
-def _sizes(layout, batch, geo):
+def _sizes(layout: str, batch: int, geo: Geometry) -> list[int]:
     sizes = {"b": batch, "k": geo.taps * geo.g_in, "q": geo.q, "p": geo.positions}
     return [sizes[letter] for letter in layout]

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -9,20 +10,42 @@ from torch.autograd.function import once_differentiable
 from .backends import BACKENDS, available_backends
 from .control import backend_forced, tell
 from .cost import cheapest
-from .geometry import geometry, is_channels_last, output_size
+from .geometry import Geometry, geometry, is_channels_last, output_size
 from .naive import mixture_conv_naive
 
 
-def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, dilation=1, groups=1, *, backend=None):
+def mixture_conv(
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    cells: torch.Tensor,
+    kernel_size: int | Sequence[int],
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Convolve every sample with its own kernel, mixed from shared cells (KernelWarehouse, equations 2 and 3).
 
-    x: [B, C, *S] with one to three spatial dimensions; alpha: [B, m, n]; cells: [n, co, ci, *k], where k is all ones
-    or the kernel size; bias: [O] or None.  A kernel [O, C / groups, *kernel_size] is cut into
-    m = T * Go * Gi cells (positions, output blocks, input blocks, in this order).
-    backend: how to compute it, by name (those of `models.ops.backends.BACKENDS`, or "naive" for the reference);
-    they agree up to rounding, and the default is the one that the cost model expects to be the fastest.
-    Returns [B, O, *S'], channels innermost where those of x are.  Under autocast in its data type, else in x's.
-    Raises ValueError for shapes that do not fit and for a backend that cannot evaluate them.
+    A kernel [O, C / groups, *kernel_size] is cut into m = T * Go * Gi cells (kernel positions, output blocks, input
+    blocks, in this order).
+
+    Args:
+        x: [B, C, *S] with one to three spatial dimensions.
+        alpha: [B, m, n], the weights of the n cells in each of the m mixtures.
+        cells: [n, co, ci, *k], where k is all ones or the kernel size.
+        bias: [O] or None.
+        backend: a name in `models.ops.backends.BACKENDS`, or "naive" for the reference; all agree up to rounding.
+            By default, the cost model chooses the one that it expects to be the fastest.
+
+    Returns:
+        [B, O, *S'], with channels innermost in memory if those of x are; under autocast in its data type, unless x is
+        in float64, else in that of x.
+
+    Raises:
+        ValueError: if the shapes do not fit, or the backend cannot evaluate them.
     """
     dims = x.ndim - 2
     kernel_size, stride, padding, dilation = (
@@ -31,7 +54,7 @@ def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, d
     _check(x, alpha, cells, kernel_size, groups)
     tell("mixture_conv", x, alpha, cells, kernel_size, bias, stride, padding, dilation, groups)
     name = backend or backend_forced() or "auto"
-    # tensors without data, as in counting, have no autocast
+    # tensors without data, which are used to count operations, have no autocast
     autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if dtype != torch.float64 and x.dtype == torch.float64:
@@ -48,7 +71,7 @@ def mixture_conv(x, alpha, cells, kernel_size, bias=None, stride=1, padding=0, d
 
 
 def _check(x, alpha, cells, kernel_size, groups):
-    """Cheap checks of what would otherwise be wrong silently."""
+    """Refuse shapes that would otherwise silently give wrong results."""
     n, c_out, c_in, *window = cells.shape
     if len(window) != x.ndim - 2 or len(kernel_size) != x.ndim - 2:
         raise ValueError(f"x {list(x.shape)}, cells {list(cells.shape)} and kernel_size {kernel_size} differ in rank")
@@ -88,8 +111,8 @@ def _plan(
     backend,
     strict,
     backward,
-):
-    """Geometry and backend of a call; networks make the same calls again and again."""
+) -> tuple[Geometry, str]:
+    """Geometry and backend of a call, cached because networks repeat the same calls."""
     geo = geometry(x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, dilation, groups, last)
     available = available_backends(geo, dtype, device)
     if backend not in ("auto", *available):
@@ -100,9 +123,10 @@ def _plan(
 
 
 def _as_evaluated(cells, x, backend):
-    """The cells in the type that a backend works in.
+    """The cells in the data type that a backend works in.
 
-    Under autocast they come as they are: cast by the caller, every layer would keep a copy of its warehouse.
+    Under autocast the operator gets them uncast: if its caller cast them, every layer would keep a copy of its
+    warehouse.
     """
     return cells if BACKENDS[backend].casts_cells else cells.to(x.dtype)
 
@@ -130,7 +154,7 @@ def _mixture_conv(
     if x.shape[0] == 0:
         return x.new_empty(0, geo.c_out, *geo.out)
     y = _in_layout(BACKENDS[backend].forward(x, alpha, _as_evaluated(cells, x, backend), geo), is_channels_last(x))
-    # in place: new memory costs as much as the sum
+    # in place, because allocating new memory costs as much as the addition
     return y if bias is None else y.add_(bias.view(-1, *[1] * len(geo.out)))
 
 
@@ -192,13 +216,13 @@ _mixture_conv.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _slices(tensors, dims, count):
-    """The tensors of every call of a vmapped one, where `dims` are mapped over."""
+    """The tensors of every single call in a vmapped one; `dims` are the mapped dimensions, None for shared tensors."""
     moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, dims, strict=True)]
     return [[t if dim is None else t[i] for t, dim in zip(moved, dims, strict=True)] for i in range(count)]
 
 
 def _vmap(info, dims, x, alpha, cells, bias, *rest):
-    """Where cells and bias are shared, one call with a larger batch, else one after the other."""
+    """One call with a larger batch if cells and bias are shared, else one call after the other."""
     count, operator = info.batch_size, torch.ops.kernelwarehouse.mixture_conv
     calls = _slices((x, alpha, cells, bias), dims[:4], count)
     if dims[2] is not None or dims[3] is not None:
@@ -208,7 +232,7 @@ def _vmap(info, dims, x, alpha, cells, bias, *rest):
 
 
 def _vmap_backward(info, dims, dy, x, alpha, cells, *rest):
-    """Calls one after the other: each has its own gradient of the cells."""
+    """One call after the other, because each has its own gradient of the cells."""
     calls = _slices((dy, x, alpha, cells), dims[:4], info.batch_size)
     results = [torch.ops.kernelwarehouse.mixture_conv_backward(*tensors, *rest) for tensors in calls]
     return [torch.stack(grads) for grads in zip(*results, strict=True)], [0] * len(results[0])
@@ -219,12 +243,12 @@ _mixture_conv_backward.register_vmap(_vmap_backward)
 
 
 class _Differentiable(torch.autograd.Function):
-    """The operator outside compiled code: half the overhead of its registration there, and known to torch.func."""
+    """The operator outside compiled code; has half the overhead of the registered one, and works with torch.func."""
 
     @staticmethod
     def forward(*arguments):
-        # backends return views of what they computed, and autograd lets nobody change a function's view in place, as
-        # the activation after a convolution may
+        # Backends return views of what they compute.  Without `detach`, autograd would forbid changing them in place,
+        # which the activation after a convolution may do.
         return torch.ops.kernelwarehouse.mixture_conv(*arguments).detach()
 
     setup_context = staticmethod(_setup_context)

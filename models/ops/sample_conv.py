@@ -1,18 +1,35 @@
-"""A convolution with a kernel of its own for every sample, assembled by the caller."""
+"""A convolution in which every sample has its own kernel, assembled by the caller."""
 
 import math
+from collections.abc import Sequence
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from .control import backend_forced, tell
 from .geometry import SMALL_MAP, output_size
 
 
-def sample_conv(x, kernels, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def sample_conv(
+    x: Tensor,
+    kernels: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
     """Convolve every sample with its own kernel.
 
-    x: [B, C, *S] with one to three spatial dimensions; kernels: [B, O, C / groups, *K]; bias: [O] or None; the others
-    as in `torch.nn.functional.conv2d`.  Returns [B, O, *S'].
+    The arguments that are not listed are those of `torch.nn.functional.conv2d`.
+
+    Args:
+        x: [B, C, *S] with one to three spatial dimensions.
+        kernels: [B, O, C / groups, *K].
+        bias: [O] or None.
+
+    Returns:
+        [B, O, *S'].
     """
     tell("sample_conv", x, kernels, bias, stride, padding, dilation, groups)
     dims, window = x.ndim - 2, kernels.shape[3:]
@@ -29,12 +46,21 @@ def sample_conv(x, kernels, bias=None, stride=1, padding=0, dilation=1, groups=1
     return with_bias((kernels.flatten(2) @ patches).unflatten(2, out), bias)
 
 
-def grouped_sample_conv(x, kernels, bias, stride, padding, dilation, groups):
+def grouped_sample_conv(
+    x: Tensor,
+    kernels: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Tensor:
     """`sample_conv` as one grouped convolution over the batch."""
     (batch, c_in), dims = x.shape[:2], x.ndim - 2
     conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
     if batch == 0:
-        # a convolution of no groups does not exist; one kernel tells the shape, and the (empty) gradients
+        # A convolution needs at least one group.  With one kernel of zeros, the output gets its shape and autograd its
+        # (empty) gradients.
         kernel = kernels.new_zeros(kernels.shape[1:]) + kernels.sum()
         return conv(x, kernel, bias, stride, padding, dilation, groups)
     x = x.reshape(1, batch * c_in, *x.shape[2:])
@@ -42,6 +68,6 @@ def grouped_sample_conv(x, kernels, bias, stride, padding, dilation, groups):
     return with_bias(y.reshape(batch, kernels.shape[1], *y.shape[2:]), bias)
 
 
-def with_bias(y, bias):
-    """y [B, O, *S] plus the bias, [O] or None, in the type of the convolution, which autocast chooses."""
+def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """Add the bias, [O] or None, to y [B, O, *S] in the data type of y, which autocast may have chosen."""
     return y if bias is None else y + bias.reshape(1, -1, *[1] * (y.ndim - 2)).to(y.dtype)

@@ -1,24 +1,29 @@
-"""Memory that calls of the operator hand on to each other on the CPU.
+"""Scratch memory on the CPU, which successive calls of the operator reuse.
 
-There the kernel of the operating system clears fresh pages, which costs as much as the arithmetic.  Other devices have
-caching allocators.
+The operating system clears fresh pages, which costs as much as the arithmetic.  Other devices have caching allocators.
 """
 
 import math
 import threading
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-# per slot; larger requests are allocated and freed as usual
+# of the largest buffer; larger requests are allocated and freed as usual
 LIMIT_BYTES = 64 << 20
 
 _buffers = threading.local()
 
 
-def scratch(slot, shape, like):
-    """Uninitialised memory of a shape, in the type and on the device of `like`.
+def scratch(slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised tensor of a shape, with the data type and the device of `like`.
 
-    It is valid until the same thread asks for the same slot again: never return it from an operator.
+    It is valid until the same thread requests the same slot again: never return it from an operator.
+
+    Args:
+        slot: a name for the purpose of the memory.
+        like: a tensor with the wanted data type and device.
     """
     size = math.prod(shape)
     if like.device.type != "cpu" or size * like.element_size() > LIMIT_BYTES:
@@ -26,12 +31,12 @@ def scratch(slot, shape, like):
     buffers = _buffers.__dict__
     buffer = buffers.get((slot, like.dtype))
     if buffer is None or buffer.numel() < size:
-        # a tensor made in inference mode could not be written outside it
+        # a tensor made in inference mode could not be changed outside of it
         with torch.inference_mode(False):
             buffer = buffers[slot, like.dtype] = torch.empty(size, dtype=like.dtype)
     return buffer[:size].view(shape)
 
 
-def forget():
-    """Give this thread's memory back."""
+def forget() -> None:
+    """Free the scratch memory of this thread."""
     _buffers.__dict__.clear()

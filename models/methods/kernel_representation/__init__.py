@@ -1,4 +1,7 @@
-"""Kernel Representation (KR): its room.  The layers are in `layer.py`, what goes where in a network is here."""
+"""Kernel Representation (KR): its settings, and how a network is converted. The layers are in `layer.py`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +19,7 @@ __all__ = ["KRClassifier", "KRConv1d", "KRConv2d", "KRConv3d", "KRLinear", "KRMe
 
 
 class KRMethod(Method):
-    """The layers of ODConv, and the classifier sees the last representation."""
+    """KR replaces the layers that ODConv replaces, and the classifier by one that sees the last representation."""
 
     name = "kr"
     layers = layer_classes("KR", globals())
@@ -57,8 +60,11 @@ class KRMethod(Method):
 
     default_layers = ODConvMethod.default_layers
 
-    def arguments(self, names):
-        """The parts of every unit, and the relay of all: the representation grows from the first to the classifier."""
+    def arguments(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Name -> keyword arguments of each layer: its part of its unit, and the relay.
+
+        One relay serves all units, and the representation grows from the first of them up to the classifier.
+        """
         modules = dict(self.model.named_modules())
         heads = self._checked_heads(modules, names)
         own = {key: self.given[key] for key in ("kernel_num", "fusion_width")} | self._coefficients()
@@ -68,7 +74,7 @@ class KRMethod(Method):
         arguments, given = {}, kr.START_SIZE if passes_on else 0
         for unit in units:
             layers = [modules[name] for name in unit]
-            # nobody reads what the last unit of a model without a classifier would append
+            # in a model without a classifier, no layer would read what the last unit appends
             generated = size if passes_on and (heads or unit is not units[-1]) else 0
             try:
                 parts = kr.unit_parts(
@@ -88,22 +94,22 @@ class KRMethod(Method):
             given += generated
         return arguments
 
-    def _coefficients(self):
-        """The reduction and the kinds of coefficients that are given, or else those of a network's kind.
+    def _coefficients(self) -> dict[str, Any]:
+        """The given reduction and kinds of coefficients; what is not given follows from the kind of the network.
 
-        The costs in the paper's tables tell them: see `layer.py`.
+        The costs in the paper's tables show which fit it: see `layer.py`.
         """
         if has_mlps(self.model):
             fitting = {"reduction": 1 / 8, "attentions": ("filter",), "attention_sharing": False}
         else:
             fitting = {"reduction": 1 / 16, "attentions": ATTENTIONS, "attention_sharing": True}
         if self.given["attentions"] is not None and self.given["attention_sharing"] is None:
-            # named attentions are ODConv's
+            # if only the attentions are given, the kernels share them, as in ODConv
             fitting["attention_sharing"] = True
         return {key: value if self.given[key] is None else self.given[key] for key, value in fitting.items()}
 
-    def _checked_heads(self, modules, names):
-        """The names of the classifier's layers.  Raises ValueError for settings and models that do not fit."""
+    def _checked_heads(self, modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]:
+        """The names of the classifier's layers. Raises ValueError for settings and models that do not fit."""
         size, start = self.given["representation_dim"], self.given["representation_start"]
         if size is not None and size < 1:
             raise ValueError(f"kr: representation_dim {size} is below 1")
@@ -129,8 +135,11 @@ class KRMethod(Method):
         refuse_others([modules[head] for head in heads], heads, {nn.Linear: None}, "kr")
         return heads
 
-    def finish(self, names):
-        """Put the start of the representation at the model's root, and its end into the classifier."""
+    def finish(self, names: Sequence[str]) -> list[str]:
+        """Add the start of the representation to the model's root, and replace the classifier.
+
+        Returns the names of the classifier's layers.
+        """
         if not self.given["representation"]:
             return []
         stem, last = self.model.get_submodule(stem_of(self.model)), self.model.get_submodule(names[-1])
@@ -139,7 +148,7 @@ class KRMethod(Method):
             static = self.model.get_submodule(head)
             kwargs = {"representation": last.generator.out_features, "relay": last._relay, "layer": head}
             layer = replacement(static, head, {nn.Linear: KRClassifier}, **kwargs)
-            # what the model's own way to initialise its classifier gave
+            # the weights that the model's own initialisation gave its classifier
             layer.weight.data[:, : static.in_features].copy_(static.weight.data)
             put(self.model, {head: layer}, self.keep_weights)
         self.model.kernel_representation = KernelRepresentation(
@@ -153,7 +162,7 @@ class KRMethod(Method):
         return list(heads)
 
 
-def _geometry(module):
+def _geometry(module: nn.Module) -> tuple[int, int, int, int]:
     """(C_in, C_out, taps, groups) of a static layer."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features, 1, 1

@@ -1,11 +1,15 @@
-"""KernelWarehouse (KW, and KW* with ODConv's other attentions): its room.
+"""The methods KernelWarehouse (KW) and KW*, which adds ODConv's other attentions.
 
-Layers are in `layer.py`, the cells that they share in `warehouse.py`, and which layer of a network shares which
-warehouse in `plans.py`; what is set, and how a conversion goes, is here.
+The layers are in `layer.py`, the cells that they share in `warehouse.py`; `plans.py` tells which layers of a network
+share a warehouse. This file holds the settings and the steps of a conversion.
 """
 
 import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+from torch import nn
 
 from ...anatomy import kernel_shape_of
 from ...options import Option
@@ -22,7 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 _CELL_RATIO = {"nargs": "+", "above": 0, "high": 1}
-# one value for all warehouses, or one for each
+# each setting has one value for all warehouses, or one for each
 WAREHOUSE_SETTINGS = {
     "cell_num_ratio": Setting(
         1.0,
@@ -42,9 +46,9 @@ WAREHOUSE_SETTINGS = {
     ),
     "spatial_partition": Setting(True, Option(bool, True, "divide kernels along space as well", nargs="+")),
 }
-# those of them that a layer takes, not its warehouse
+# the settings above that a layer takes, not its warehouse
 ATTENTION_SETTINGS = ("reduction", "nonlocal_basis_ratio")
-# what an entry of `warehouses` may hold; it is one warehouse
+# what an entry of `warehouses`, which is one warehouse, may hold
 ENTRIES = {
     "layers": Option(str, [], "glob patterns of module names", nargs="*"),
     **{name: option.single(default) for name, (default, option) in WAREHOUSE_SETTINGS.items()},
@@ -76,12 +80,19 @@ NETWORK_SETTINGS = {
 
 
 class KWMethod(Method):
-    """The layers that a plan names take their cells from warehouses, which stand at `model.warehouses`.
+    """KW: the layers that a plan names take their cells from warehouses, which `model.warehouses` holds.
 
-    plan: [(layer, warehouse name), ...], joined by `sharing_range`; norm: of the attention, "batch" or "layer".  What
-    is None is that of the model's family (see `plans.py`).  warehouses: explicit ones instead of a plan,
-    name -> {"layers": [glob pattern, ...], any setting}.
-    attentions: of ODConv's "spatial", "channel" and "filter", those beside the attention to cells (KW*, Table 17).
+    Args:
+        layers: only None is accepted; `warehouses` names layers instead.
+        plan: [(layer, warehouse name), ...], or a function of the model that returns it; `sharing_range` then joins
+            warehouses. None: that of the model's family (see `plans.py`), as for `norm` and `sharing_range`.
+        norm: of the attention, "batch" or "layer".
+        **given: `keep_weights` and settings. `warehouses` gives explicit warehouses instead of a plan:
+            name -> {"layers": [glob pattern, ...], any of `WAREHOUSE_SETTINGS`}. `attentions` are those of ODConv's
+            "spatial", "channel" and "filter" that join the attention to cells (KW*, Table 17).
+
+    Raises:
+        ValueError: for settings and models that do not fit.
     """
 
     name = "kw"
@@ -90,7 +101,15 @@ class KWMethod(Method):
     # the released ResNets leave their classifier to PyTorch
     released_classifier = False
 
-    def __init__(self, model, *, layers=None, plan=None, norm=None, **given):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: str | Sequence[str] | None = None,
+        plan: Sequence[tuple[str, str]] | Callable[[nn.Module], list[tuple[str, str]]] | None = None,
+        norm: str | None = None,
+        **given: Any,
+    ) -> None:
         super().__init__(model, **given)
         if layers is not None:
             raise ValueError(f"{self.name} has no setting 'layers'; name them in `warehouses`")
@@ -105,15 +124,18 @@ class KWMethod(Method):
             self.given["sharing_range"] = own_sharing
         self.groups, self.per, self.made = {}, {}, {}
 
-    def _value(self, name, value):
-        # a list has a value for each warehouse, and a released sharing range may be a string
+    def _value(self, name: str, value: Any) -> Any:
+        # a list gives each warehouse its value, and a sharing range may be a string, as in the released code
         if value is None:
             return self.settings[name].default
         return [value] if name == "attentions" and isinstance(value, str) else value
 
     @contextlib.contextmanager
-    def prepared(self):
-        """The projections of self-attention in parts, where a plan names the parts."""
+    def prepared(self) -> Iterator[None]:
+        """Find the layers of every warehouse; split the projections of self-attention if a part of one is named.
+
+        A context manager: if its body raises, the projections are whole again.
+        """
         entries = self.given["warehouses"]
         if entries:
             named = [pattern for entry in entries.values() for pattern in entry.get("layers", ())]
@@ -126,7 +148,7 @@ class KWMethod(Method):
                 self.groups = explicit(self.model, entries)
             yield
 
-    def choose(self):
+    def choose(self) -> list[str]:
         if not self.groups:
             raise ValueError("there is no convolution or linear layer to convert in this model")
         names = list(self.groups)
@@ -145,8 +167,19 @@ class KWMethod(Method):
             )
         return [layer for layers in self.groups.values() for layer in layers]
 
-    def arguments(self, names):
-        """The warehouse of every layer; all are made first, since a wrong ratio is the likeliest mistake."""
+    def named(self) -> list[str]:
+        return [pattern for entry in (self.given["warehouses"] or {}).values() for pattern in entry["layers"]]
+
+    def leave_static(self, names: Sequence[str], static: Sequence[str]) -> list[str]:
+        left = {warehouse: [name for name in layers if name not in static] for warehouse, layers in self.groups.items()}
+        self.groups = {warehouse: layers for warehouse, layers in left.items() if layers}
+        return super().leave_static(names, static)
+
+    def arguments(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Make all warehouses, and return name -> keyword arguments of each layer.
+
+        The warehouses are made before any layer, since a wrong ratio is the likeliest mistake.
+        """
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for name, layers in self.groups.items():
             first = modules[layers[0]].weight
@@ -170,11 +203,11 @@ class KWMethod(Method):
             for layer in layers
         }
 
-    def finish(self, names):
+    def finish(self, names: Sequence[str]) -> list[str]:
         self.model.warehouses = Warehouses(self.made)
         return []
 
-    def label(self, name):
+    def label(self, name: str) -> str:
         return next(warehouse for warehouse, layers in self.groups.items() if name in layers)
 
 
@@ -186,11 +219,11 @@ class KWStarMethod(KWMethod):
 
 
 class HalfMobileNetV2Method(KWMethod):
-    """KW (1/2x) of MobileNetV2 (section A.3): settings that the released code keeps in the model."""
+    """KW (1/2x) of MobileNetV2 (section A.3), with the settings that the released code keeps in the model."""
 
     name = "kw1d2x"
 
-    def __init__(self, model, **given):
+    def __init__(self, model: nn.Module, **given: Any) -> None:
         super().__init__(model, **given)
         if self.given["warehouses"] is not None:
             return
@@ -201,8 +234,16 @@ class HalfMobileNetV2Method(KWMethod):
         self.given["warehouses"] = half_mobilenetv2(model)
 
 
-def per_warehouse(settings, names):
-    """One dict of `WAREHOUSE_SETTINGS` per warehouse, from values that are single or lists in their order."""
+def per_warehouse(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The `WAREHOUSE_SETTINGS` of every warehouse by its name.
+
+    Args:
+        settings: each is one value for all warehouses, or a list of one value for each.
+        names: of the warehouses, in the order of such lists.
+
+    Raises:
+        ValueError: for a list of another length.
+    """
     result = {name: {} for name in names}
     for key in WAREHOUSE_SETTINGS:
         value = settings[key]

@@ -4,10 +4,12 @@ Shapes: x is [B, C, *S] (KWLinear: [B, ..., C]), alpha [B, m, n], cells [n, co, 
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ...ops import mixture_conv, with_bias
 from ..attention_functions import Annealed, total
@@ -21,28 +23,40 @@ ATTENTION_FUNCTIONS = ("caf", "softmax", "sigmoid", "relu")
 class KWAttention(nn.Module):
     """Attentions alpha of every mixture of a layer to every cell of its warehouse (equation 4, section A.3).
 
-    Pooled input [B, C] -> FC -> norm -> ReLU -> FC -> z [B, m, n + 1] -> attention function; the last entry is the
-    zero cell, which takes part in the normalisation only.  attention_function: "caf" (z / sum |z|), or those of
-    Table 8: "softmax", "sigmoid", "relu" (max(z, 0) / sum |z|).
-    nonlocal_basis_ratio < 1 predicts the logits of the cells of other layers from a smaller basis.
-    cell_sharing=False gives a mixture no cell but its own and the zero cell (Table 6, "without sharing"; b = 1 only).
+    Pooled input [B, C] -> FC -> norm -> ReLU -> FC -> z [B, m, n + 1] -> attention function. The last entry of z is the
+    zero cell, which only takes part in the normalisation.
+
+    Args:
+        in_channels: C.
+        beta: initial attention [m, n + 1] (`Warehouse.initial_attention`).
+        own_cells: range (first, last + 1) of the layer's own cells (`Warehouse.own_cells`).
+        reduction: hidden width over C; the hidden layer is at least 16 wide.
+        norm: "batch" or "layer".
+        attention_function: "caf" (z / sum |z|), or one of Table 8: "softmax", "sigmoid", "relu" (max(z, 0) / sum |z|).
+        use_temperature: whether the temperature blends alpha with beta.
+        nonlocal_basis_ratio: below 1, the logits of other layers' cells are predicted from a smaller basis.
+        cell_sharing: if false, a mixture has only its own cell and the zero cell (Table 6, "without sharing"; this
+            needs b = 1).
+
+    Raises:
+        ValueError: for settings that do not fit.
     """
 
     def __init__(
         self,
-        in_channels,
-        beta,
-        own_cells,
+        in_channels: int,
+        beta: Tensor,
+        own_cells: tuple[int, int],
         *,
-        reduction=1 / 16,
-        norm="batch",
-        attention_function="caf",
-        use_temperature=True,
-        nonlocal_basis_ratio=1.0,
-        cell_sharing=True,
-        device=None,
-        dtype=None,
-    ):
+        reduction: float = 1 / 16,
+        norm: str = "batch",
+        attention_function: str = "caf",
+        use_temperature: bool = True,
+        nonlocal_basis_ratio: float = 1.0,
+        cell_sharing: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_choice("attention_function", [attention_function], ATTENTION_FUNCTIONS)
         check_choice("norm", [norm], ("batch", "layer"))
@@ -65,13 +79,13 @@ class KWAttention(nn.Module):
             self.fc2 = nn.Linear(hidden, self.m * (own + self.basis + 1), bias=False, **kwargs)
             self.fc3 = nn.Linear(self.basis, self.n - own, bias=False, **kwargs)
             self.basis_bias = nn.Parameter(torch.zeros(logits, **kwargs))
-        # neither is part of the state_dict, as in released checkpoints: beta follows from the plan, the temperature
-        # from the training schedule
+        # neither is in the state dict, as in released checkpoints: the plan determines beta, and the training schedule
+        # the temperature
         self.register_buffer("beta", beta.to(**kwargs) if use_temperature else None, persistent=False)
         self.register_buffer("temperature", torch.zeros((), **kwargs), persistent=False)
         self.reset_parameters()
 
-    def _own_cell_of_each(self, device):
+    def _own_cell_of_each(self, device: torch.device | str | None) -> Tensor:
         first, last = self.own_cells
         if last - first != self.m:
             raise ValueError(
@@ -81,18 +95,18 @@ class KWAttention(nn.Module):
         own = torch.arange(first, last, device=device)
         return torch.stack([own, torch.full_like(own, self.n)], dim=1)
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
             elif name != "norm1.weight":
                 nn.init.zeros_(parameter)
 
-    def hidden(self, pooled):
+    def hidden(self, pooled: Tensor) -> Tensor:
         """[B, H] of pooled inputs [B, C]."""
         return F.relu(self.norm1(self.fc1(pooled)))
 
-    def _logits(self, hidden):
+    def _logits(self, hidden: Tensor) -> Tensor:
         """z [B, m, n + 1] of hidden vectors [B, H]."""
         z = self.fc2(hidden)
         if self.basis:
@@ -102,17 +116,17 @@ class KWAttention(nn.Module):
             z = torch.cat([other[..., :first], own, other[..., first:], zero], dim=2)
             z = z + self.basis_bias.view(self.m, self.n + 1)
         if self.only is not None:
-            # cells of other mixtures get logits that every attention function turns into 0
+            # the cells of other mixtures get a logit that the attention function maps to 0
             fill = 0.0 if self.attention_function in ("caf", "relu") else float("-inf")
             z = z.view(-1, self.m, 2)
             return z.new_full((len(z), self.m, self.n + 1), fill).scatter(2, self.only.expand_as(z), z)
         return z.view(-1, self.m, self.n + 1)
 
-    def forward(self, pooled):
+    def forward(self, pooled: Tensor) -> Tensor:
         """alpha [B, m, n] of pooled inputs [B, C]."""
         return self.attend(self.hidden(pooled))
 
-    def attend(self, hidden):
+    def attend(self, hidden: Tensor) -> Tensor:
         """alpha [B, m, n] of hidden vectors [B, H]."""
         z = self._logits(hidden)
         if self.attention_function == "softmax":
@@ -125,7 +139,7 @@ class KWAttention(nn.Module):
             alpha = torch.lerp(alpha, self.beta.to(alpha.dtype), self.temperature.to(alpha.dtype))
         return alpha[..., : self.n]
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"m={self.m}, n={self.n}, attention_function={self.attention_function}"
 
 
@@ -133,8 +147,17 @@ class _KWLayer(Annealed):
     """A kernel mixed from the cells of a warehouse."""
 
     def _setup(
-        self, device, dtype, bias, *, warehouse=None, layer="", attention_init="one-to-one", attentions=(), **attention
-    ):
+        self,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        bias: bool,
+        *,
+        warehouse: Warehouse | None = None,
+        layer: str = "",
+        attention_init: str = "one-to-one",
+        attentions: Sequence[str] = (),
+        **attention: Any,
+    ) -> None:
         if warehouse is None:
             warehouse = Warehouse({"": self.kernel_shape}, device=device, dtype=dtype)
             self.own_warehouse, layer = warehouse, ""
@@ -143,7 +166,7 @@ class _KWLayer(Annealed):
                 f"warehouse '{warehouse.name}' was made for {warehouse.kernels}, not for a layer '{layer}' with a "
                 f"kernel of {list(self.kernel_shape)}; name that layer and its kernel when making the warehouse"
             )
-        # a shared warehouse is registered at the root of the model, and nowhere else
+        # only the root of the model registers a shared warehouse as a submodule
         object.__setattr__(self, "_warehouse", warehouse)
         self.layer = layer
         self.attention = KWAttention(
@@ -158,28 +181,43 @@ class _KWLayer(Annealed):
         self.heads = self._make_heads(attentions, device, dtype) if attentions else None
         self.bias = nn.Parameter(torch.zeros(self.out_channels, device=device, dtype=dtype)) if bias else None
 
-    def _make_heads(self, attentions, device, dtype):
-        """KW* (Table 17): ODConv's attentions along the other dimensions, from the same hidden vector."""
+    def _make_heads(
+        self, attentions: Sequence[str], device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> ODHeads:
+        """The heads of KW* (Table 17), which predict ODConv's attentions along the other dimensions.
+
+        Their input is the hidden vector of `KWAttention`.
+        """
         check_choice("attention of KW*", attentions, ("spatial", "channel", "filter"))
         taps, window = math.prod(self.kernel_size), math.prod(self._warehouse.cells.shape[3:])
         if "spatial" in attentions and window > 1:
             raise ValueError(f"layer '{self.layer}': the spatial attention needs spatial_partition, cells of one tap")
         sizes = self.attention.fc1.out_features, self.in_channels, self.out_channels, taps, self.groups, 1
-        # the paper's 12.51 M parameters of MobileNetV2 take a filter attention of depth-wise kernels, too
+        # the paper's 12.51 M parameters of MobileNetV2 include a filter attention of depth-wise kernels
         return ODHeads(*sizes, attentions=attentions, depthwise_filter=True, device=device, dtype=dtype)
 
     @property
-    def warehouse(self):
+    def warehouse(self) -> Warehouse:
         """The warehouse that this layer takes its cells from."""
         return self._warehouse
 
-    # tau of equation 4, from 1 (each mixture is its own cell) to 0 (attention alone), whatever the attention function
+    # with every attention function the temperature is tau of equation 4: from 1 (each mixture is its own cell) to 0
+    # (attention alone)
     schedule = "caf"
 
     @torch.no_grad()
-    def keep_weight(self, weight):
-        """Write a static kernel [O, I, *k] into the cells that this layer's mixtures own."""
+    def keep_weight(self, weight: Tensor) -> None:
+        """Write the static kernel [O, I, *k] into the cells that are assigned to this layer's mixtures.
+
+        Raises:
+            ValueError: the budget is below 1, so that some mixtures have no cell of their own.
+        """
         cells = self._warehouse.cells
+        if self._warehouse.cell_num_ratio < 1:
+            raise ValueError(
+                f"warehouse '{self._warehouse.name}': keep_weights needs a cell for every mixture, a cell_num_ratio of "
+                f"at least 1, not {self._warehouse.cell_num_ratio}"
+            )
         c_out, c_in, *window = cells.shape[1:]
         weight = weight.reshape(self.kernel_shape) * (self.heads.reset_to_constants() if self.heads else 1.0)
         g_out, g_in = weight.shape[0] // c_out, weight.shape[1] // c_in
@@ -187,19 +225,22 @@ class _KWLayer(Annealed):
         weight = weight.permute(4, 0, 2, 1, 3, *range(5, weight.ndim)).reshape(-1, *cells.shape[1:])
         cells[torch.tensor(self._warehouse.assignments[self.layer], device=cells.device)] = weight
 
-    def mixing_cost(self, positions):
-        """m x n x cell (n = 1 without sharing); in KW* also the product of its other attentions, times the kernel."""
+    def mixing_cost(self, positions: int) -> int:
+        """m x n x the size of a cell (n = 1 without sharing of cells).
+
+        KW* adds the product of its other attentions, and the product of that and the kernel.
+        """
         cells = self._warehouse.cells
         cost = self.attention.m * (cells if self.attention.only is None else cells[0]).numel()
         if self.heads:
             cost += self.heads.product_cost(self.kernel_shape, self.groups) + math.prod(self.kernel_shape)
         return cost
 
-    def convolve(self, x):
+    def convolve(self, x: Tensor) -> Tensor:
         hidden = self.attention.hidden(global_pool(x))
         alpha, heads = self.attention.attend(hidden), self.heads.attend(hidden) if self.heads else {}
         if "spatial" in heads:
-            # mixtures go position after position
+            # the mixtures of a position are next to each other
             spatial = heads["spatial"].transpose(1, 2).unsqueeze(3)
             alpha = (alpha.unflatten(1, (spatial.shape[1], -1)) * spatial).flatten(1, 2)
         if "channel" in heads:
@@ -208,18 +249,24 @@ class _KWLayer(Annealed):
         y = mixture_conv(x, alpha, self._warehouse.cells, self.kernel_size, bias, *self._geometry())
         return with_bias(scaled(y, heads["filter"]), self.bias) if "filter" in heads else y
 
-    def method_repr(self):
+    def method_repr(self) -> str:
         return f"warehouse={self._warehouse.name}"
 
 
 class KWConv1d(_KWLayer, Conv1d):
     """`nn.Conv1d` whose kernel is mixed per sample from a warehouse: [B, C_in, L] -> [B, C_out, L'].
 
-    warehouse: a `Warehouse` that was made for a kernel [C_out, C_in / groups, *K] named `layer`, registered by the
-    caller (once, at the root of the model); None gives the layer one of its own.  attention: `attention_init` (see
-    `Warehouse.initial_attention`), `attentions` (KW*: any of ODConv's "spatial", "channel", "filter"), and of
-    `KWAttention` reduction, norm, attention_function, nonlocal_basis_ratio and cell_sharing.  Raises ValueError for
-    sizes that do not fit.
+    Args:
+        warehouse: a `Warehouse` that was made for a kernel [C_out, C_in / groups, *K] named `layer`. The caller
+            registers it once, at the root of the model. None: the layer has a warehouse of its own.
+        layer: the name of this layer in the warehouse.
+        attention_init: see `Warehouse.initial_attention`.
+        attentions: for KW*, any of ODConv's "spatial", "channel" and "filter".
+        **attention: `reduction`, `norm`, `attention_function`, `nonlocal_basis_ratio` and `cell_sharing` of
+            `KWAttention`.
+
+    Raises:
+        ValueError: for sizes and settings that do not fit.
     """
 
 
@@ -240,6 +287,6 @@ class KWConv3d(_KWLayer, Conv3d):
 class KWLinear(_KWLayer, Linear):
     """`nn.Linear` whose matrix is mixed per sample from a warehouse: [B, ..., C_in] -> [B, ..., C_out].
 
-    The attention pools over all dimensions between the first and the last.  Its kernel is [C_out, C_in, 1].
+    The attention pools over all dimensions between the first and the last. The kernel is [C_out, C_in, 1].
     The other arguments and errors are those of `KWConv1d`.
     """

@@ -1,30 +1,37 @@
 """Which layer takes its kernels from which warehouse, per backbone family (KernelWarehouse, sections 3.3 and A.3).
 
-A plan is an ordered list of (layer, warehouse): module names of timm's model, and names such as
-`stage1_layer0_conv2`, whose parts `sharing_range` then joins.  The order of the warehouses is that of the released
-checkpoints.  The first layers of a stage are reassigned to the stage before, so that one layer with few channels does
-not shrink the greatest common divisors of all others (Table 15).
+A plan is an ordered list of (layer, warehouse). A layer has its module name in timm's model, a warehouse a name such as
+`stage1_layer0_conv2`; `sharing_range` then joins warehouses by such parts of their names. The order of the warehouses
+is that of the released checkpoints. The first layers of a stage are reassigned to the stage before, so that one layer
+with few channels does not shrink the greatest common divisors of all others (Table 15).
 """
 
 import fnmatch
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
 
 from ...anatomy import family_name, layers_of, replaceable
 
 SHARED_PARTS = ("layer", "conv", "pwconv", "dwconv", "mlp")
 
 
-def resnet_plan(model):
-    """ResNets: all convolutions but the stem, and in bottlenecks but the first one and its short cut."""
+def resnet_plan(model: nn.Module) -> list[tuple[str, str]]:
+    """ResNets: all convolutions except the stem.
+
+    Networks of bottlenecks also leave out the first convolution and the short cut of the first block.
+    """
     plan = []
     for stage in range(4):
         for index, block in enumerate(getattr(model, f"layer{stage + 1}")):
             name = f"layer{stage + 1}.{index}"
             bottleneck = hasattr(block, "conv3")
             convs = [c for c in ("conv1", "conv2", "conv3") if hasattr(block, c)]
-            # layers reassigned to the stage before are numbered on from its last block, as first convolutions:
-            # so they stand alone without sharing, and among their like when blocks share (Table 7: 26.95 M)
+            # layers reassigned to the stage before get the next block numbers there and are first convolutions: without
+            # sharing they stand alone, and if blocks share, they join the first convolutions (Table 7: 26.95 M)
             before = len(getattr(model, f"layer{stage}")) if stage else 0
             for i, conv in enumerate(convs):
                 if bottleneck and (stage, index, i) == (0, 0, 0):
@@ -34,7 +41,7 @@ def resnet_plan(model):
                 else:
                     plan.append((f"{name}.{conv}", f"stage{stage}_layer{index}_conv{i}"))
             if block.downsample is not None and stage > 0:
-                # the convolution is the only one there, whether or not an average pooling stands before it
+                # the short cut has one convolution, which an average pooling may precede
                 i, _ = next(
                     (i, m)
                     for i, m in block.downsample.named_children()
@@ -44,8 +51,8 @@ def resnet_plan(model):
     return plan
 
 
-def mobilenetv2_plan(model):
-    """MobileNetV2: all convolutions; depth-wise, expanding and projecting ones apart."""
+def mobilenetv2_plan(model: nn.Module) -> list[tuple[str, str]]:
+    """MobileNetV2: all convolutions, with separate names for depth-wise, expanding and projecting ones."""
     plan, numbers = [("conv_stem", "stage0_conv0")], Counter()
     for stage, blocks in enumerate(model.blocks):
         for index, block in enumerate(blocks):
@@ -53,7 +60,7 @@ def mobilenetv2_plan(model):
             home = max(stage if index == 0 else stage + 1, 1)
             parts = {"conv_pw": "pwconv0", "conv_dw": "dwconv0", "conv_pwl": "pwconv1"}
             if not hasattr(block, "conv_pwl"):
-                # without expansion the block is depth-wise, then projecting
+                # a block without expansion has a depth-wise convolution, then a projecting one
                 parts = {"conv_dw": "dwconv0", "conv_pw": "pwconv1"}
             for layer, part in parts.items():
                 plan.append((f"blocks.{stage}.{index}.{layer}", f"stage{home}_layer{numbers[home]}_{part}"))
@@ -62,8 +69,8 @@ def mobilenetv2_plan(model):
     return [*plan, ("conv_head", f"stage{last}_layer{numbers[last]}_pwconv1")]
 
 
-def convnext_plan(model):
-    """ConvNeXt: all convolutions; stem, down-sampling, depth-wise and point-wise ones apart."""
+def convnext_plan(model: nn.Module) -> list[tuple[str, str]]:
+    """ConvNeXt: all convolutions, with separate names for stem, down-sampling, depth-wise and point-wise ones."""
     plan = [("stem.0", "stagestem_conv0")]
     plan += [(f"stages.{i}.downsample.1", f"stage{i - 1}_layer0_conv0") for i in range(1, len(model.stages))]
     for i, stage in enumerate(model.stages):
@@ -75,11 +82,12 @@ def convnext_plan(model):
     return plan
 
 
-def vit_plan(model):
+def vit_plan(model: nn.Module) -> list[tuple[str, str]]:
     """Vision transformers (Table 11): "weight matrices for value and MLP layers"; query and key stay static.
 
-    Each half of the blocks shares a warehouse for values and one for MLPs.  The paper gives no groups; two, with cells
-    as large as they can be, have its parameters (`configs/deit_tiny/kw1x_deit_tiny.json`).
+    Each half of the blocks shares a warehouse for values and one for MLPs. The paper does not say which blocks share;
+    two groups with the largest possible cells have its number of parameters
+    (`configs/deit_tiny/kw1x_deit_tiny.json`).
     """
     half = -(-len(model.blocks) // 2)
     parts = {"attn.qkv.value": "value0", "mlp.fc1": "mlp0", "mlp.fc2": "mlp1"}
@@ -90,13 +98,13 @@ def vit_plan(model):
     ]
 
 
-def any_plan(model):
-    """Any other model: every convolution and linear layer but the first and the last, each with its own warehouse."""
+def any_plan(model: nn.Module) -> list[tuple[str, str]]:
+    """Any other model: all convolutions and linear layers but the first and the last, each with its own warehouse."""
     layers = list(replaceable(model))
     return [(name, name.replace(".", "_")) for name in layers[1:-1]]
 
 
-# family -> (its plan, what the paper shares in it, the norm of its attention)
+# family -> (its plan, the sharing range in the paper, the norm of its attention)
 FAMILIES = {
     "ResNet": (resnet_plan, ["layer", "conv"], "batch"),
     "MobileNetV2": (mobilenetv2_plan, ["layer", "pwconv"], "batch"),
@@ -106,16 +114,16 @@ FAMILIES = {
 }
 
 
-def family(model):
-    """(plan, sharing range, norm of the attention) of a timm model's family, or those of any model."""
+def family(model: nn.Module) -> tuple[Callable[[nn.Module], list[tuple[str, str]]], list[str], str]:
+    """(plan, sharing range, norm of the attention) of a timm model's family, or those of any other model."""
     return FAMILIES[family_name(model)]
 
 
-def half_mobilenetv2(model):
-    """The warehouses of KW (1/2x) of MobileNetV2 (section A.3), as the released code has them.
+def half_mobilenetv2(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The warehouses of KW (1/2x) of MobileNetV2 (section A.3), as in the released code.
 
-    Depth-wise convolutions everywhere, point-wise ones in the last stage, and the classifier; the attention is
-    narrower, since in so small a network its parameters count.
+    They serve the stem, all depth-wise convolutions, the point-wise ones of the last stage, and the classifier. The
+    attention is narrower, since its parameters matter in such a small network.
     """
     last = f"stage{len(model.blocks) - 1}_"
     plan = [(layer, name) for layer, name in mobilenetv2_plan(model) if "pwconv" not in name or last in name]
@@ -129,11 +137,11 @@ def half_mobilenetv2(model):
     return {name: {"layers": layers, "reduction": 1 / 32, **own.get(name, {})} for name, layers in groups.items()}
 
 
-def shared_parts(sharing_range):
-    """The name parts that lose their number: a list of them, or a released string.
+def shared_parts(sharing_range: str | Sequence[str]) -> list[str]:
+    """The parts of warehouse names that lose their number, from a list of them or a string of the released code.
 
     The released code matches a string character by character, so that "layer_conv" means layer and conv, and
-    "layer_pwconv" means layer, conv and pwconv, but not dwconv.
+    "layer_pwconv" means layer, conv and pwconv, but not dwconv. Raises ValueError for an unknown part of a list.
     """
     if isinstance(sharing_range, str):
         return [part for part in SHARED_PARTS if part[0] in sharing_range]
@@ -143,11 +151,11 @@ def shared_parts(sharing_range):
     return list(sharing_range)
 
 
-def share(plan, sharing_range):
+def share(plan: Iterable[tuple[str, str]], sharing_range: str | Sequence[str]) -> list[tuple[str, str]]:
     """Join warehouses: `stage0_layer1_conv2` becomes `stage0_layer_conv` with ["layer", "conv"]."""
     parts = shared_parts(sharing_range)
 
-    def joined(name):
+    def joined(name: str) -> str:
         return "_".join(
             match[1] if (match := re.fullmatch(r"([a-z]+)\d+", part)) and match[1] in parts else part
             for part in name.split("_")
@@ -156,7 +164,7 @@ def share(plan, sharing_range):
     return [(layer, joined(name)) for layer, name in plan]
 
 
-def group(plan):
+def group(plan: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     """Warehouse -> its layers, in the order of the plan."""
     groups = {}
     for layer, warehouse in plan:
@@ -164,10 +172,11 @@ def group(plan):
     return groups
 
 
-def explicit(model, warehouses):
-    """Warehouse -> its layers, from the glob patterns of a config's `warehouses`, in module order.
+def explicit(model: nn.Module, warehouses: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Warehouse -> its layers, in the order of the modules, from the glob patterns of a config's `warehouses`.
 
-    Raises ValueError for a pattern that matches nothing and for a layer that two warehouses claim.
+    Raises ValueError for a warehouse without patterns, a pattern that matches nothing, and a layer that two warehouses
+    claim.
     """
     names = list(layers_of(model))
     owner, groups = {}, {}

@@ -1,23 +1,24 @@
 """Kernel partition and the warehouse that layers share (KernelWarehouse, sections 3.2 and 3.3).
 
 Shapes: a kernel is [O, I, *K] (I per group), a cell [co, ci, *k], a warehouse [n, co, ci, *k].
-m is the number of cells that a layer's kernel is cut into, m_t its sum over the layers of a warehouse.
+m is the number of cells into which a layer's kernel is cut, m_t its sum over the layers of a warehouse.
 """
 
 import math
 from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import reduce
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..layer import Shared
 
 ATTENTION_INITS = ("one-to-one", "all-to-one", "none", "k-to-one", "one-to-k")
 
 
-def _scaled(size, ratio, what, name, kernels):
-    """`size * ratio` as a whole number that divides `size`, or a ValueError that names everybody involved."""
+def _scaled(size: int, ratio: float, what: str, name: str, kernels: Mapping[str, tuple[int, ...]]) -> int:
+    """`size * ratio`; raises a ValueError that names the layers unless it is a whole number that divides `size`."""
     scaled = size * ratio
     if abs(scaled - round(scaled)) > 1e-6 * max(1.0, scaled) or round(scaled) < 1 or size % round(scaled):
         layers = ", ".join(f"{layer or 'layer'} {list(shape)}" for layer, shape in kernels.items())
@@ -28,12 +29,29 @@ def _scaled(size, ratio, what, name, kernels):
     return round(scaled)
 
 
-def partition(kernels, *, name, cell_inplane_ratio=1.0, cell_outplane_ratio=1.0, spatial_partition=True):
+def partition(
+    kernels: Mapping[str, tuple[int, ...]],
+    *,
+    name: str,
+    cell_inplane_ratio: float = 1.0,
+    cell_outplane_ratio: float = 1.0,
+    spatial_partition: bool = True,
+) -> tuple[tuple[int, ...], dict[str, int]]:
     """Cut kernels into cells of one common shape.
 
-    kernels: layer name -> [O, I, *K].  Returns the cell's shape (co, ci, *k) and layer name -> number of cells m.
-    Channels are cut by their greatest common divisor times the ratio; positions one by one, or not at all without
-    `spatial_partition`, where all kernels must have the same size.  Raises ValueError where that is impossible.
+    Args:
+        kernels: layer name -> shape [O, I, *K].
+        name: of the warehouse, for messages.
+        cell_inplane_ratio: input channels of a cell over the greatest common divisor of those of the kernels.
+        cell_outplane_ratio: the same for output channels.
+        spatial_partition: give every position cells of its own; otherwise a cell spans all positions, and the kernels
+            must have the same size.
+
+    Returns:
+        The shape of a cell (co, ci, *k), and layer name -> number of cells m.
+
+    Raises:
+        ValueError: for kernels that cannot be cut so.
     """
     shapes = list(kernels.values())
     ranks = {len(shape) for shape in shapes}
@@ -57,23 +75,30 @@ def partition(kernels, *, name, cell_inplane_ratio=1.0, cell_outplane_ratio=1.0,
 class Warehouse(Shared):
     """n cells shared by the kernels of several layers.
 
-    kernels: layer name -> kernel shape [O, I, *K], in the order in which cells are assigned.
-    cell_num_ratio: the budget b = n / m_t.  The other arguments are those of `partition`.
-    Raises ValueError where a ratio does not divide.  `cells` [n, co, ci, *k] is the only parameter.
+    `cells` [n, co, ci, *k] is the only parameter.
+
+    Args:
+        kernels: layer name -> kernel shape [O, I, *K], in the order in which cells are assigned.
+        name: of the warehouse, for messages.
+        cell_num_ratio: the budget b = n / m_t.
+        cell_inplane_ratio, cell_outplane_ratio, spatial_partition: as for `partition`.
+
+    Raises:
+        ValueError: for a ratio that does not divide, and for kernels that cannot be cut into cells of one shape.
     """
 
     def __init__(
         self,
-        kernels,
+        kernels: Mapping[str, tuple[int, ...]],
         *,
-        name="warehouse",
-        cell_num_ratio=1.0,
-        cell_inplane_ratio=1.0,
-        cell_outplane_ratio=1.0,
-        spatial_partition=True,
-        device=None,
-        dtype=None,
-    ):
+        name: str = "warehouse",
+        cell_num_ratio: float = 1.0,
+        cell_inplane_ratio: float = 1.0,
+        cell_outplane_ratio: float = 1.0,
+        spatial_partition: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         cell_shape, self.mixtures = partition(
             kernels,
@@ -82,7 +107,8 @@ class Warehouse(Shared):
             cell_outplane_ratio=cell_outplane_ratio,
             spatial_partition=spatial_partition,
         )
-        self.name, self.kernels, self.cell_num_ratio = name, dict(kernels), cell_num_ratio
+        self.name, self.cell_num_ratio = name, cell_num_ratio
+        self.kernels = {layer: tuple(shape) for layer, shape in kernels.items()}
         total = sum(self.mixtures.values())
         n = cell_num_ratio * total
         if abs(n - round(n)) > 1e-6 * total or round(n) < 1:
@@ -96,15 +122,11 @@ class Warehouse(Shared):
         self.assignments = self._assign()
         self.reset_parameters()
 
-    def _apply(self, fn, recurse=True):
-        # cells are no images: `.to(memory_format=torch.channels_last)` of a model must pass them by, as flat rows do
-        return super()._apply(lambda tensor: fn(tensor.flatten(1)).view(tensor.shape), recurse)
-
-    def _assign(self):
-        """Layer -> the cell of each of its mixtures, n (the zero cell) where there is none (section 3.4, A.2)."""
+    def _assign(self) -> dict[str, list[int]]:
+        """Layer -> the cell of each of its mixtures; n, the zero cell, if it has none (sections 3.4 and A.2)."""
         b = self.cell_num_ratio
         per_cell = round(1 / b) if b < 1 else 1
-        # 1 / b mixtures share a cell: the owners lie on a diagonal, as in a convolution of 1 / b groups (figure 6a)
+        # 1 / b mixtures share a cell, and the owners lie on a diagonal, as in a convolution of 1 / b groups (figure 6a)
         diagonal = b < 1 and abs(per_cell * b - 1) < 1e-6 and all(m % per_cell == 0 for m in self.mixtures.values())
         assignments, i, owned = {}, 0, 0
         for layer, m in self.mixtures.items():
@@ -124,18 +146,21 @@ class Warehouse(Shared):
             i += m
         return assignments
 
-    def own_cells(self, layer):
-        """The range (first, last + 1) of the cells that are assigned to a layer first of all."""
+    def own_cells(self, layer: str) -> tuple[int, int]:
+        """The range (first, last + 1) of the cells that a layer owns: its share of the n cells, in the layers' order.
+
+        Raises ValueError for an unknown layer.
+        """
         if layer not in self.mixtures:
             raise ValueError(f"warehouse '{self.name}' has no layer '{layer}', only {', '.join(self.mixtures)}")
         b, before = self.cell_num_ratio, self._mixtures_before(layer)
         return math.floor(b * before + 1e-9), math.floor(b * (before + self.mixtures[layer]) + 1e-9)
 
-    def initial_attention(self, layer, strategy="one-to-one"):
-        """beta [m, n + 1] of equation 4, the zero cell last.
+    def initial_attention(self, layer: str, strategy: str = "one-to-one") -> Tensor:
+        """beta [m, n + 1] of equation 4 for a layer, the zero cell last.
 
-        strategy: "one-to-one" is section 3.4; "all-to-one", "none", "k-to-one" (b > 1) and "one-to-k" (b < 1) are
-        those of Table 13.
+        The strategy "one-to-one" is that of section 3.4; "all-to-one", "none", "k-to-one" (b > 1) and "one-to-k"
+        (b < 1) are those of Table 13. Raises ValueError for an unknown strategy, and for one that b does not allow.
         """
         if strategy not in ATTENTION_INITS:
             raise ValueError(f"unknown attention_init '{strategy}', choose from {', '.join(ATTENTION_INITS)}")
@@ -157,13 +182,13 @@ class Warehouse(Shared):
             beta[torch.arange(m), torch.tensor(self.assignments[layer])] = 1.0
         return beta
 
-    def _mixtures_before(self, layer):
+    def _mixtures_before(self, layer: str) -> int:
         """Number of mixtures of the layers that come before one."""
         names = list(self.mixtures)
         return sum(self.mixtures[name] for name in names[: names.index(layer)])
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Kaiming-normal by fan-out, over the cells that each layer owns."""
         window = math.prod(self.cells.shape[3:])
         for layer in self.mixtures:
@@ -171,7 +196,7 @@ class Warehouse(Shared):
             fan_out = max(last - first, 1) * self.cells.shape[1] * window
             self.cells[first:last].normal_(0.0, math.sqrt(2.0 / fan_out))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         shape = "x".join(map(str, self.cells.shape[1:]))
         return f"n={self.n}, cell={shape}, m_t={sum(self.mixtures.values())}, layers={len(self.mixtures)}"
 
@@ -179,12 +204,12 @@ class Warehouse(Shared):
 class Warehouses(nn.ModuleDict):
     """The warehouses of a model, by name, at its root."""
 
-    def forward(self, x):
-        """x as it is: where the root is an `nn.Sequential`, all its children are called."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x unchanged, since an `nn.Sequential` at the root calls all of its children."""
         return x
 
 
-def warehouse_layers(model):
+def warehouse_layers(model: nn.Module) -> dict[str, list[str]]:
     """Parameter name of every warehouse -> the names of the layers that take cells from it."""
     names = {id(warehouse): name for name, warehouse in getattr(model, "warehouses", {}).items()}
     users = {f"warehouses.{name}.cells": [] for name in names.values()}
@@ -194,8 +219,8 @@ def warehouse_layers(model):
     return users
 
 
-def warehouse_stages(model, stage_of):
-    """Parameter name of every warehouse -> the stage of most of its layers; among equals the last one.
+def warehouse_stages(model: nn.Module, stage_of: Callable[[str], int]) -> dict[str, int]:
+    """Parameter name of every warehouse -> the stage that most of its layers are in; of several, the last.
 
     stage_of: layer name -> number of its stage.
     """

@@ -1,16 +1,20 @@
 """The backends of the mixture convolution by name: ways to compute it that agree up to rounding.
 
 A backend is a file of this folder with
-- `available(geo, dtype, device)`: whether it can evaluate a call with inputs of a type, on a type of device;
+- `available(geo, dtype, device)`: whether it can evaluate a call with inputs of a data type, on a type of device;
 - `forward(x, alpha, cells, geo)`: the output [B, O, *S'];
 - `backward(dy, x, alpha, cells, geo, needs)`: the gradients of x, alpha and cells, each None unless needed;
-- `CASTS_CELLS`: whether it takes cells of any type, or has them cast to the type of x.
-Its costs stand in `cost.py`: a backend that has none is chosen only by name.
+- `CASTS_CELLS`: whether it casts the cells itself; otherwise it gets them in the data type of x.
+Its costs are in `cost.py`: a backend without costs runs only when it is named.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from ..geometry import Geometry
 from . import batched, depthwise, fused, grouped, mixed, outputs, pointwise, triton, triton_fused
 
 
@@ -18,9 +22,9 @@ from . import batched, depthwise, fused, grouped, mixed, outputs, pointwise, tri
 class Backend:
     """The functions of a backend's file."""
 
-    available: Callable
-    forward: Callable
-    backward: Callable
+    available: Callable[[Geometry, torch.dtype, str], bool]
+    forward: Callable[[Tensor, Tensor, Tensor, Geometry], Tensor]
+    backward: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
     casts_cells: bool
 
 
@@ -30,6 +34,6 @@ BACKENDS = {
 }
 
 
-def available_backends(geo, dtype, device):
-    """Names of the backends that can evaluate a call with inputs of a type, on a type of device."""
+def available_backends(geo: Geometry, dtype: torch.dtype, device: str) -> list[str]:
+    """Names of the backends that can evaluate a call with inputs of a data type, on a type of device."""
     return [name for name, backend in BACKENDS.items() if backend.available(geo, dtype, device)]

@@ -3,10 +3,14 @@
 x [B, C, *S], alpha [B, m, n], cells [n, co, ci, *k]; letters as in `geometry.py`.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from ..geometry import (
     SMALL_MAP,
+    Geometry,
     empty_like_layout,
     full_alpha,
     is_channels_last,
@@ -19,35 +23,35 @@ from ..products import LOW_PRECISION, chunks, fold, fold_alpha, mix, output_bloc
 from ..scratch import scratch
 
 CASTS_CELLS = False
-# assembled kernels and patches are made in pieces of this many bytes, in memory that is handed on; smaller ones fit the
-# cache, but every piece is a call per tap, and calls wait for all threads
+# Assembled kernels and patches are made in pieces of this many bytes, which reuse the same memory.  Smaller pieces fit
+# the cache, but every piece needs a call per tap, and every call waits for all threads.
 KERNEL_BYTES = 32 << 20
 PATCH_BYTES = 16 << 20
 
 
-def available(geo, dtype, device):
+def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
     """Whether the backend can evaluate a call."""
     return geo.foldable
 
 
-def _pieces(x, alpha, geo):
-    """Ranges of samples whose patches, and of output channels of a cell whose kernels, are made at a time."""
+def _pieces(x: Tensor, alpha: Tensor, geo: Geometry) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Ranges of the samples, and of the output channels of a cell, whose patches and kernels are made at a time."""
     width = geo.taps * geo.g_in * geo.q * x.element_size()
     samples = chunks(x.shape[0], width * geo.positions if patches_are_copies(geo) else 0, PATCH_BYTES)
     return samples, chunks(geo.cell[0], (samples[0][1] - samples[0][0]) * alpha.shape[2] * width, KERNEL_BYTES)
 
 
-def _rows(alpha):
-    """alpha [B, T, Go, Gi, n] -> [(T Gi B Go), n]: the order in which the cells' own layout needs no permutation."""
+def _rows(alpha: Tensor) -> Tensor:
+    """alpha [B, T, Go, Gi, n] -> [(T Gi B Go), n]: in this order, products with the cells need no permutation."""
     return alpha.permute(1, 3, 0, 2, 4).reshape(-1, alpha.shape[-1])
 
 
-def _position_rows(x, geo):
-    """Whether products have positions as rows and channels as columns: where memory has, and at small maps."""
+def _position_rows(x: Tensor, geo: Geometry) -> bool:
+    """Whether products have positions as rows: if channels are innermost in memory, and on small maps."""
     return is_channels_last(x) or geo.positions <= SMALL_MAP
 
 
-def forward(x, alpha, cells, geo):
+def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
     """Assemble kernels in the layout of the cells; one batched product per tap and block of input channels."""
     x, alpha = fold(x, geo), fold_alpha(live_alpha(alpha, geo), geo)
     g_out, (c_out, q) = alpha.shape[2], (geo.cell[0], geo.q)
@@ -58,7 +62,7 @@ def forward(x, alpha, cells, geo):
     y = empty_like_layout(x, g_out * c_out, geo.out)
     blocks = output_blocks(y, g_out, c_out)
     samples, tiles = _pieces(x, alpha, geo)
-    # the product has the output's own layout
+    # the product has the layout of the output, and is written there directly
     direct = len(tiles) == 1 and by_rows == is_channels_last(y)
     for b0, b1 in samples:
         b = b1 - b0
@@ -92,7 +96,7 @@ def forward(x, alpha, cells, geo):
     return y if geo.groups == 1 else y.reshape(geo.batch, geo.c_out, *geo.out)
 
 
-def backward(dy, x, alpha, cells, geo, needs):
+def backward(dy: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry, needs: Sequence[bool]) -> tuple:
     """Gradients of `forward`; the kernels are assembled again, a tile at a time."""
     x_shape, by_rows = x.shape, _position_rows(x, geo)
     x, alpha = fold(x, geo), fold_alpha(live_alpha(alpha, geo), geo)

@@ -1,6 +1,7 @@
-"""C++ files beside this one, compiled when they are first needed.
+"""Compiles the C++ files of this folder when they are first needed.
 
-Needs a C++ compiler (g++ or clang++, or the one that CXX names); without one the backends in PyTorch take over.
+This needs a C++ compiler: the one that the environment variable CXX names, else g++, clang++ or c++.  Without one, the
+backends in PyTorch are used.
 """
 
 import contextlib
@@ -15,29 +16,30 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 FOLDER = Path(__file__).parent
 HEADERS = ("registers.h", "mixing.h")
-# in which each type is computed
+# the data type of the computation for each data type of the inputs
 TYPES = {torch.float64: torch.float64, **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float32)}
 NAMES = {torch.float32: "float", torch.float64: "double"}
-# not -march=native: nodes of a cluster may differ and still share the folder of compiled files
+# without -march=native, because nodes of a cluster may differ and still share the folder of compiled files
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
 ARCHITECTURES = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
 
 
 @functools.cache
-def compiler():
-    """The C++ compiler, or None."""
+def compiler() -> str | None:
+    """Path of the C++ compiler, or None if there is none."""
     named = os.environ.get("CXX", "")
     return next(filter(None, map(shutil.which, (named, "g++", "clang++", "c++"))), None)
 
 
 @functools.cache
-def library(source, dtype):
-    """The functions of a C++ file beside this one, compiled for a data type.
+def library(source: str, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The functions of a C++ file of this folder, compiled for a data type.
 
-    None (with a warning, once) where they cannot be built.
+    If they cannot be built, warns once and returns None.
     """
     source = FOLDER / source
     flags = [*FLAGS, f"-DREAL={NAMES[dtype]}"]
@@ -47,7 +49,7 @@ def library(source, dtype):
     try:
         path = _folder() / name
         if not path.exists():
-            # processes that compile at the same time each write their own file, and the last one stays
+            # processes that compile at the same time write a file each, and the last file replaces the others
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 part = Path(folder) / name
                 command = [compiler(), *flags, str(source), "-o", str(part)]
@@ -64,8 +66,8 @@ def library(source, dtype):
     return functions
 
 
-def _folder():
-    """Where compiled files are kept: the user's cache, or, where that cannot be written, a folder of this process."""
+def _folder() -> Path:
+    """The folder of compiled files: in the user's cache, or a temporary one of this process if that is not writable."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "kernelwarehouse"
     with contextlib.suppress(OSError):
@@ -74,17 +76,27 @@ def _folder():
 
 
 @functools.cache
-def _own_folder():
-    """Kept, and with that removed, until the process ends."""
+def _own_folder() -> tempfile.TemporaryDirectory:
+    """A temporary folder; caching it here keeps it until the process ends, when it is removed."""
     return tempfile.TemporaryDirectory(prefix="kernelwarehouse-")
 
 
-def compiles(source, dtype, device):
-    """Whether the functions of a file can be used for tensors of a type on a type of device."""
+def compiles(source: str, dtype: torch.dtype, device: str) -> bool:
+    """Whether the functions of a C++ file can be used for tensors of a data type on a type of device."""
     return device == "cpu" and dtype in TYPES and compiler() is not None and library(source, TYPES[dtype]) is not None
 
 
-def run(functions, name, call, *arrays):
-    """Call a compiled function with the shapes of a call and the numbers of tensors, null for None."""
+def run(functions: ctypes.CDLL, name: str, call: ctypes.Structure, *arrays: Tensor | None) -> int:
+    """Call a compiled function.
+
+    Args:
+        functions: those of a C++ file, from `library`.
+        name: the function.
+        call: the shapes of the call.
+        arrays: tensors, passed as pointers to their numbers; None is passed as null.
+
+    Returns:
+        What the function returns; meaningless if it returns nothing.
+    """
     pointers = [ctypes.c_void_p(None if array is None else array.data_ptr()) for array in arrays]
     return getattr(functions, name)(ctypes.byref(call), *pointers)

@@ -1,8 +1,9 @@
-// Depth-wise convolution on the CPU with a kernel for every sample: every channel is a plane of its own.  Called by
-// depthwise.py, which describes the arrays.
+// Depth-wise convolution on the CPU with a kernel for every sample.  Every channel is a plane that is convolved by
+// itself.  depthwise.py calls these functions and describes the arrays.
 //
-// A plane is copied into a padded one, whose rows and columns are sorted by their remainder modulo the stride.  There
-// an output row follows the other, and what a tap sees is one long line that begins elsewhere for every tap.
+// A plane is copied into a padded plane, whose rows and columns are sorted by their remainder modulo the stride; equal
+// remainders form a phase.  In this order all outputs form one long line, and the inputs of each tap form a line of the
+// same length, which begins at a different place for every tap.
 
 #include "mixing.h"
 
@@ -11,13 +12,13 @@ constexpr int TAPS = 8;     // taps whose gradients are summed at a time
 
 static thread_local Buffer buffers[8];
 
-// the fields are filled by depthwise.py, in this order; pairs are rows and columns
+// depthwise.py fills the fields in this order; pairs are rows and columns
 struct Call {
-  Int samples, channels, multiplier;  // outputs of every channel
+  Int samples, channels, multiplier;  // multiplier: outputs of every channel
   Int in[2], out[2], kernel[2], stride[2], dilation[2], left[2];
   Int last;  // whether channels are innermost in memory; then the multiplier is 1
-  Int n, width;               // cells, numbers in each
-  Int tap_step, channel_step;  // in the kernels of a sample: between two taps, and between two outputs
+  Int n, width;                // number of cells, and of numbers in each
+  Int tap_step, channel_step;  // distances in the kernels of a sample: of two taps, and of two outputs
   Int threads;
 
   Int taps() const { return kernel[0] * kernel[1]; }
@@ -27,16 +28,16 @@ struct Call {
   Mixture mixture() const { return {samples * kernel_size() / width, n, width, threads}; }
 };
 
-// places in a padded plane
+// offsets in a padded plane
 struct Plane {
   Int size[2], line, phase, phases;  // size of a phase, length of its rows, numbers in it, number of phases
-  Int length;                        // from the first output to the last
-  std::vector<Int> tap;              // where what a tap sees begins
-  // taps, phase by phase: which they are, where the outputs that see a phase begin, first tap of every phase
+  Int length;                        // of the line from the first output to the last
+  std::vector<Int> tap;              // where the inputs of every tap begin
+  // the taps sorted by phase: which they are, where the outputs that read them begin, and the first tap of every phase
   std::vector<Int> sorted, back, first;
-  // columns of x, a stride apart, that follow each other in a padded plane
+  // columns of x that are a stride apart, and adjacent in a padded plane
   struct Segment {
-    Int from, at, count;  // where they begin in x (in columns), and in a plane
+    Int from, at, count;  // where they begin in x and in the padded plane, and how many they are
   };
   std::vector<Segment> seen;
   bool all_seen;
@@ -45,7 +46,7 @@ struct Plane {
       const Int padded = (c.out[d] - 1) * c.stride[d] + (c.kernel[d] - 1) * c.dilation[d] + 1;
       size[d] = (padded + c.stride[d] - 1) / c.stride[d];
     }
-    // what is written of one phase in whole vectors does not reach into the next
+    // a phase has room for whole vectors, so that writing these does not reach into the next phase
     line = size[1], phase = whole(size[0] * line + LANES), phases = c.stride[0] * c.stride[1];
     length = (c.out[0] - 1) * line + c.out[1];
     for (Int p = 0; p < phases; p++) {
@@ -65,7 +66,7 @@ struct Plane {
       const Int row = i + c.left[0];
       if (row < 0 || row / c.stride[0] >= size[0]) continue;
       for (Int p = 0; p < stride; p++) {
-        // the first column that is seen and has this remainder
+        // the first column of x that is read and has this remainder
         const Int j = start + (p + stride - (start + c.left[1]) % stride) % stride;
         const Int at = (j + c.left[1]) / stride;
         const Int count = std::min((c.in[1] - j + stride - 1) / stride, line - at);
@@ -78,12 +79,12 @@ struct Plane {
   }
   static Int phase_of(const Call &c, Int i, Int j) { return i % c.stride[0] * c.stride[1] + j % c.stride[1]; }
   Int total() const { return phases * phase + LANES; }
-  // of the outputs, with a phase of zeros before them
+  // room for the outputs, with a phase of zeros before them
   Int outputs() const { return phase + whole(std::max(length, phase)) + LANES; }
 };
 
-// Copies `count` numbers, `step` apart in `from`, to a line.  Whole vectors are read where `end` allows it, and what is
-// not wanted of them is written as 0.
+// Copies `count` numbers, `step` apart in `from`, to a line.  Whole vectors are read where `end` allows it, and their
+// superfluous numbers are written as 0.
 static inline void load_line(const real *from, Int step, Int count, const real *end, real *to) {
   if (step == 1 && from + count + LANES <= end) {
     Int j = 0;
@@ -91,14 +92,15 @@ static inline void load_line(const real *from, Int step, Int count, const real *
     if (j < count) store(to + j, first_lanes(load(from + j), count - j));
   } else if (step == 1) {
     for (Int j = 0; j < count; j++) to[j] = from[j];
-  } else if (step == 2) {  // a known step is vectorised
+  } else if (step == 2) {  // compilers vectorise a constant step
     for (Int j = 0; j < count; j++) to[j] = from[2 * j];
   } else {
     for (Int j = 0; j < count; j++) to[j] = from[j * step];
   }
 }
 
-// The inverse.  Whole vectors are written where `end` allows it: what follows the line is written later.
+// The inverse of load_line.  Whole vectors are written where `end` allows it; the numbers that this overwrites after
+// the line are written later.
 static inline void store_line(const real *from, Int count, Int step, const real *end, real *to) {
   if (step == 1 && to + count + LANES <= end) {
     for (Int j = 0; j < count; j += LANES) store(to + j, load(from + j));
@@ -149,25 +151,25 @@ static void line_dots_of(Int count, const real *a, const real *b, const Int *at,
   line_dots<COUNT>(a, b, at, length, result);
 }
 
-// What a thread works on: a channel of a sample, or LANES of them that are innermost in memory, turned around.
+// What a thread works on: one channel of a sample or, if channels are innermost in memory, LANES of them, transposed.
 struct Work {
   const Call &c;
   const Plane &plane;
-  Int x_step, y_step;            // between two channels, as they are or turned
-  real *padded, *line, *sums;    // padded planes of x and dx, and outputs
-  real *kernel, *turned;         // taps, and taps phase by phase
-  real *x, *y;                   // turned channels
+  Int x_step, y_step;            // distances of two channels, transposed or not
+  real *padded, *line, *sums;    // padded plane of x, outputs, padded plane of dx
+  real *kernel, *turned;         // taps of a kernel, and taps of one phase
+  real *x, *y;                   // transposed channels
   Work(const Call &c, const Plane &plane) : c(c), plane(plane), x_step(c.inputs()), y_step(c.outputs()) {
     padded = buffers[0].get(plane.total());
     real *lines = buffers[1].get(plane.outputs());
     sums = buffers[2].get(plane.total());
     kernel = buffers[3].get(c.taps()), turned = buffers[6].get(c.taps());
     if (c.last) {
-      // an odd number of vectors, since lines at powers of two share the sets of a cache
+      // an odd number of vectors, because lines that are a power of two apart share the sets of a cache
       x_step = (x_step / LANES | 1) * LANES + 2 * LANES, y_step = (y_step / LANES | 1) * LANES + 2 * LANES;
       x = buffers[4].get(LANES * x_step), y = buffers[5].get(LANES * y_step);
     }
-    // paddings, which are never written again
+    // zeros for the padding, which is never written again
     std::fill(padded, padded + plane.total(), real(0));
     std::fill(lines, lines + plane.outputs(), real(0));
     line = lines + plane.phase;
@@ -176,7 +178,7 @@ struct Work {
     for (const auto &part : plane.seen) load_line(from + part.from, c.stride[1], part.count, end, padded + part.at);
   }
   void store_x(real *to) const {
-    // where parts are not seen, nothing may be written beyond the end of a line
+    // if parts of x are not read, nothing may be written beyond the end of a line
     const real *end = plane.all_seen ? to + c.inputs() : to;
     for (const auto &part : plane.seen) store_line(sums + part.at, part.count, c.stride[1], end, to + part.from);
   }
@@ -206,7 +208,7 @@ static void all_channels(const Call &c, const Plane &plane, Use use) {
 
 extern "C" {
 
-// y = the convolution; the outputs of a channel follow each other; kernels is memory to work in
+// y = the convolution, in which the outputs of one channel are adjacent; `kernels` is scratch memory
 void forward(const Call *call, const real *x, const real *alpha, const real *cells, real *kernels, real *y) {
   const Call &c = *call;
   const Plane plane(c);
@@ -234,11 +236,11 @@ void forward(const Call *call, const real *x, const real *alpha, const real *cel
   });
 }
 
-// number of partial sums that dalpha has room for
+// number of partial sums for which dalpha needs room
 Int parts_of_alpha(const Call *call) { return unmix_parts(call->mixture()); }
 
-// dx, of which only what is seen is written, dalpha and dcells, each unless null; kernels and dkernels (null if neither
-// dalpha nor dcells is asked for) are memory to work in
+// Writes dx (only where x is read), dalpha and dcells, each unless null.  `kernels` and `dkernels` are scratch memory;
+// `dkernels` is null if neither dalpha nor dcells is needed.
 void backward(const Call *call, const real *dy, const real *x, const real *alpha, const real *cells, real *kernels,
               real *dkernels, real *dx, real *dalpha, real *dcells) {
   const Call &c = *call;
@@ -275,7 +277,7 @@ void backward(const Call *call, const real *dy, const real *x, const real *alpha
         }
       }
       if (!dx) continue;
-      // what was turned is given back as a whole
+      // transposed channels are written back whole, with zeros where x is not read
       if (c.last && !plane.all_seen) std::fill_n(to + l * work.x_step, c.inputs(), real(0));
       work.store_x(to + l * work.x_step);
     }

@@ -1,15 +1,17 @@
 """The backend "depthwise" of the mixture convolution on the CPU, compiled from `depthwise.cpp`.
 
-For convolutions whose every group has one input channel: each channel of a sample is convolved by itself.
+For convolutions with one input channel per group: every channel of a sample is convolved by itself.
 """
 
 import ctypes
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from ..geometry import empty_like_layout, full_alpha, is_channels_last, live_alpha
+from ..geometry import Geometry, empty_like_layout, full_alpha, is_channels_last, live_alpha
 from ..scratch import scratch
 from .compiled import TYPES, compiles, library, run
 
@@ -17,7 +19,7 @@ CASTS_CELLS = True
 SOURCE = "depthwise.cpp"
 
 
-def available(geo, dtype, device):
+def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
     """Whether the backend can evaluate a call."""
     return geo.c_in == 1 and len(geo.kernel) <= 2 and compiles(SOURCE, dtype, device)
 
@@ -33,7 +35,7 @@ class _Call(ctypes.Structure):
 
 
 @functools.lru_cache(maxsize=1024)
-def _call(geo, size, last, threads):
+def _call(geo: Geometry, size: tuple[int, ...], last: bool, threads: int) -> _Call:
     def pair(values, fill=1):
         return (ctypes.c_int64 * 2)(*[fill] * (2 - len(values)), *values)
 
@@ -56,34 +58,34 @@ def _call(geo, size, last, threads):
     )
 
 
-def _run(name, geo, x, last, *arrays):
+def _run(name: str, geo: Geometry, x: Tensor, last: bool, *arrays: Tensor | None) -> int:
     """Call a compiled function."""
     call = _call(geo, x.shape[2:], last, torch.get_num_threads())
     return run(library(SOURCE, x.dtype), name, call, *arrays)
 
 
-def _last(x, geo):
-    """Whether to keep channels innermost."""
+def _last(x: Tensor, geo: Geometry) -> bool:
+    """Whether to keep channels innermost in memory."""
     return is_channels_last(x) and geo.c_out == geo.groups
 
 
-def _dense(x, last):
-    """x in the type of computation, without gaps, channels innermost if they are to be the last."""
+def _dense(x: Tensor, last: bool) -> Tensor:
+    """x in the data type of the computation and without gaps in memory, with channels innermost if `last`."""
     x = x.to(TYPES[x.dtype])
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x.contiguous()
 
 
-def _rows(alpha, geo):
-    """alpha [B, m, n] -> [B, T, Go, n]: a row for every mixed cell."""
+def _rows(alpha: Tensor, geo: Geometry) -> Tensor:
+    """alpha [B, m, n] -> [B, T, Go, 1, n]: a row for every mixed cell."""
     return live_alpha(alpha, geo).to(TYPES[alpha.dtype]).contiguous()
 
 
-def _kernels(slot, geo, like):
-    """Memory for the kernels of all samples, [B, T, Go, *cell]."""
+def _kernels(slot: str, geo: Geometry, like: Tensor) -> Tensor:
+    """Scratch memory for the kernels of all samples, [B, T, Go, *cell]."""
     return scratch(slot, (geo.batch, geo.taps, geo.g_out, *geo.cell), like)
 
 
-def forward(x, alpha, cells, geo):
+def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
     """Convolve every channel of every sample with its own small kernel."""
     last = _last(x, geo)
     source = _dense(x, last)
@@ -93,7 +95,9 @@ def forward(x, alpha, cells, geo):
     return y.to(x.dtype)
 
 
-def backward(dy, x, alpha, cells, geo, needs):
+def backward(
+    dy: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `forward`; the kernels are mixed again."""
     last = _last(x, geo)
     source, dy = _dense(x, last), _dense(dy, last)

@@ -1,31 +1,31 @@
-// Mixture convolution on the CPU in tiles: a tile of every sample's kernel is mixed and multiplied while it is in the
-// cache, so that no kernel travels through memory.  Called by fused.py, which describes the arrays.
+// Mixture convolution on the CPU in tiles: a tile of every sample's kernel is mixed, and multiplied while it is in the
+// cache, so that no whole kernel is stored in memory.  fused.py calls these functions and describes the arrays.
 //
-// All work is one routine, C[i, :] (+)= sum_k A[i, k] B[k, :], with rows of C held in registers and tables that say
-// where the rows of A, B and C lie.  Every sum has one order, whatever the number of threads.
+// One routine does all work, C[i, :] (+)= sum_k A[i, k] B[k, :], with rows of C held in registers, and tables that tell
+// where the rows of A, B and C begin.  The order of every sum is the same for all numbers of threads.
 
 #include "registers.h"
 
 // length of a tile of kernels along the channels that a product sums over
 constexpr Int CHUNK = 64;
-// between two tiles; no power of two, since lines at such distances share the sets of a cache
+// distance of two tiles; not a power of two, because lines at such distances share the sets of a cache
 constexpr Int WIDTH = CHUNK * TILE + LANES;
-// of the mixed tiles of some samples, to fit a cache of the second level together with a tile of the warehouse
+// of the tiles that are mixed at a time; together with a tile of the warehouse they fit a second-level cache
 constexpr Int CACHE_BYTES = 384 << 10;
 
 static thread_local Buffer tiles, warehouse, gradients;
 
-// the fields are filled by fused.py, in this order
+// fused.py fills the fields in this order
 struct Call {
   Int samples, g_out, g_in, taps, n, c_out, c_in, positions;
-  Int groups;                   // of a convolution: samples that share a row of x and y
-  Int x_image, y_image, y_step;  // between two images, and between two positions of y
-  Int c_out_pad, c_in_pad;      // channels of a block in y and x, with those that fill the last vector
+  Int groups;                    // of the convolution: so many samples share an image of x and y
+  Int x_image, y_image, y_step;  // distances of two images of x and of y, and of two positions of y
+  Int c_out_pad, c_in_pad;       // channels of a block in y and x, padded to whole vectors
   Int threads;
-  const Int *position, *tap;  // where in x a position and a tap lie
+  const Int *position, *tap;  // offsets in x of the window of every position, and of every tap in a window
 
   Int units() const { return samples * g_out * g_in; }
-  // of a unit: a sample, a block of outputs, a block of inputs
+  // where the channels of a unit begin; a unit is a sample, a block of outputs and a block of inputs
   Int x_at(Int u) const {
     const Int s = u / (g_out * g_in);
     return s / groups * x_image + (s % groups * g_in + u % g_in) * c_in_pad;
@@ -37,7 +37,7 @@ struct Call {
 };
 
 struct Tile {
-  Int first, width, padded;  // channels along vectors
+  Int first, width, padded;  // channels along vectors: the first, their number, and that padded to whole vectors
   int vectors;
   Tile(Int number, Int channels) : first(number * TILE) {
     width = std::min<Int>(TILE, channels - first);
@@ -46,7 +46,7 @@ struct Tile {
   }
 };
 
-// warehouse[j][k][lane] for inputs k0 <= k < k0 + depth, lanes are outputs: the cells, transposed
+// warehouse[j][k][lane] for inputs k0 <= k < k0 + depth, where lanes are outputs: the transposed cells
 static void pack_outputs(const Call &c, const real *cells, const Tile &tile, Int k0, Int depth, real *out) {
   for (Int j = 0; j < c.n; j++) {
     const real *from = cells + (j * c.c_out + tile.first) * c.c_in + k0;
@@ -63,7 +63,7 @@ static void pack_outputs(const Call &c, const real *cells, const Tile &tile, Int
   }
 }
 
-// warehouse[j][k][lane] for outputs k0 <= k < k0 + depth, lanes are inputs
+// warehouse[j][k][lane] for outputs k0 <= k < k0 + depth, where lanes are inputs
 static void pack_inputs(const Call &c, const real *cells, const Tile &tile, Int k0, Int depth, real *out) {
   for (Int j = 0; j < c.n; j++) {
     const real *from = cells + (j * c.c_out + k0) * c.c_in + tile.first;
@@ -73,6 +73,7 @@ static void pack_inputs(const Call &c, const real *cells, const Tile &tile, Int 
   }
 }
 
+// how many units have their tiles mixed at a time
 static Int unit_step(const Call &c) {
   return std::max<Int>(1, CACHE_BYTES / (c.taps * WIDTH * Int(sizeof(real))));
 }
@@ -92,7 +93,7 @@ static void mix(const Call &c, const real *alpha, const real *packed, Int u0, In
 
 // tables of one call, shared by its threads
 struct Rows {
-  std::vector<Int> alpha, tile, y, ones, warehouse, lines[VECTORS + 1];  // lines of a tile of so many vectors
+  std::vector<Int> alpha, tile, y, ones, warehouse, lines[VECTORS + 1];  // lines[v]: of a tile of v vectors
   explicit Rows(const Call &c) {
     const Int rows = unit_step(c) * c.taps;
     alpha = steps(rows, c.n), tile = steps(rows, WIDTH), y = steps(c.positions, c.y_step);
@@ -102,13 +103,14 @@ struct Rows {
   }
 };
 
-// Mixes tiles of the kernels of all units, `lanes` channels along vectors by `depths` that a product sums over, and
-// uses each tile at once.  `together` units write to the same output, one after the other.
+// Mixes tiles of the kernels of all units and calls `use` with each of them at once.  A kernel has `lanes` channels
+// along vectors, and `depths` channels that a product sums over.  `together` consecutive units write to the same
+// output, so one thread processes them in order.
 template <typename Pack, typename Use>
 static void mixed_tiles(const Call &c, const real *alpha, Int lanes, Int depths, Int together, Pack pack, Use use) {
   const Rows rows(c);
   const Int step = unit_step(c), outputs = c.units() / together, n_tiles = (lanes + TILE - 1) / TILE;
-  // parts of the samples, where there are fewer tiles than threads can share evenly
+  // split the samples if there are too few tiles to share evenly among the threads
   const Int parts = std::min(outputs, std::max<Int>(1, (4 * c.threads + n_tiles - 1) / n_tiles));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(c.threads)
   for (Int item = 0; item < n_tiles * parts; item++) {
@@ -148,7 +150,7 @@ void forward(const Call *call, const real *x, const real *alpha, const real *cel
   mixed_tiles(c, alpha, c.c_out, c.c_in, c.g_in, pack, use);
 }
 
-// dx, laid out as x, to which the gradient of the input is added
+// adds the gradient of the input to dx, which has the layout of x
 void input_gradient(const Call *call, const real *dy, const real *alpha, const real *cells, real *dx) {
   const Call &c = *call;
   const auto pack = [&](const Tile &tile, Int k0, Int depth, real *out) {
@@ -172,7 +174,7 @@ Int parts_of_alpha(const Call *call) {
   return (call->c_in + TILE - 1) / TILE * ((call->c_out + CHUNK - 1) / CHUNK);
 }
 
-// dalpha [part][unit, tap][n], to be summed over parts, unless null; dcells [n][c_out][c_in], unless null
+// Writes dalpha [part][unit, tap][n], which the caller sums over parts, and dcells [n][c_out][c_in], each unless null.
 void kernel_gradients(const Call *call, const real *dy, const real *x, const real *alpha, const real *cells,
                       real *dalpha, real *dcells) {
   const Call &c = *call;

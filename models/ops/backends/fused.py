@@ -6,10 +6,12 @@ A tile of every sample's kernel is mixed and multiplied while it is in the cache
 import ctypes
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from ..geometry import empty_like_layout, full_alpha, live_alpha
+from ..geometry import Geometry, empty_like_layout, full_alpha, live_alpha
 from ..scratch import scratch
 from .compiled import TYPES, compiles, library, run
 
@@ -17,7 +19,7 @@ CASTS_CELLS = True
 SOURCE = "fused.cpp"
 
 
-def available(geo, dtype, device):
+def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
     """Whether the backend can evaluate a call."""
     pointwise = geo.kernel == (1,) * len(geo.kernel)
     return (geo.per_tap or pointwise) and geo.foldable and compiles(SOURCE, dtype, device)
@@ -39,20 +41,22 @@ class _Call(ctypes.Structure):
 
 
 class _Layout:
-    """Arrays of one call: x [B, *S, g * Gi, ci] and y [B, P, g * Go, co], channels filled up to whole vectors."""
+    """Arrays of one call: x [B, *S, g * Gi, ci] and y [B, P, g * Go, co], with channels padded to whole vectors."""
 
-    def __init__(self, size, geo, dtype, functions, threads):
+    def __init__(
+        self, size: tuple[int, ...], geo: Geometry, dtype: torch.dtype, functions: ctypes.CDLL, threads: int
+    ) -> None:
         self.geo, self.functions = geo, functions
         with torch.inference_mode(False):
             self.like = torch.empty(0, dtype=dtype)
         lanes = self.functions.lanes()
         co, ci = (-(-c // lanes) * lanes for c in geo.cell[:2])
-        # sizes of x with the padding that is seen, which part of it comes from x, and from which part of x
+        # sizes of x with the padding that is read, the part of the padded x that is copied from x, and that part of x
         sizes, strides, self.inside, self.seen = [], [], (), ()
         for length, k, s, out, (left, right) in zip(size, geo.kernel, geo.stride, geo.out, geo.pads, strict=True):
             start, stop = max(-left, 0), length - max(-right, 0)
             if k == 1 and left <= 0 and right <= 0:
-                # what strides leave out is not copied
+                # positions that the stride skips are not copied
                 sizes.append(out), strides.append(1)
                 self.inside += (slice(0, out),)
                 self.seen += (slice(start, stop, s),)
@@ -89,28 +93,30 @@ class _Layout:
             tap=tap.data_ptr(),
         )
 
-    def is_direct(self, rows, shape):
-        """Whether an array of the model is as the compiled functions want it."""
+    def is_direct(self, rows: Tensor, shape: Sequence[int]) -> bool:
+        """Whether the compiled functions can use an array of the model without a copy."""
         return rows.shape == shape and rows.is_contiguous() and rows.dtype == self.like.dtype
 
-    def units(self, alpha):
+    def units(self, alpha: Tensor) -> Tensor:
         """alpha [B, m, n] -> [B, g * Go, Gi, T, n]: samples, blocks, live taps."""
         return live_alpha(alpha, self.geo).permute(0, 2, 3, 1, 4).to(self.like.dtype).contiguous()
 
-    def cells(self, cells):
+    def cells(self, cells: Tensor) -> Tensor:
+        """The cells as the compiled functions read them."""
         if self.is_direct(cells, cells.shape):
             return cells
         return scratch("cells", cells.shape, self.like).copy_(cells)
 
-    def _split(self, x):
-        """x [B, g * Gi * ci, *S] as [B, *S, g * Gi, ci], a view."""
+    def _split(self, x: Tensor) -> Tensor:
+        """A view of x [B, g * Gi * ci, *S] as [B, *S, g * Gi, ci]."""
         return x.unflatten(1, (-1, self.geo.cell[1])).movedim((1, 2), (-2, -1))
 
-    def _from_x(self, rows):
-        """The part of rows [B, *S, g * Gi, ci'] that comes from x."""
+    def _from_x(self, rows: Tensor) -> Tensor:
+        """The part of the padded rows [B, *S, g * Gi, ci'] that is copied from x."""
         return rows[(slice(None), *self.inside, slice(None), slice(self.geo.cell[1]))]
 
-    def x_rows(self, x):
+    def x_rows(self, x: Tensor) -> Tensor:
+        """x as the compiled functions read it."""
         rows = self._split(x)[(slice(None), *self.seen)]
         if self.is_direct(rows, self.x_shape):
             return rows
@@ -120,16 +126,18 @@ class _Layout:
         self._from_x(padded).copy_(rows)
         return padded
 
-    def dx(self, rows, x):
+    def dx(self, rows: Tensor, x: Tensor) -> Tensor:
+        """The gradient of x, from that of its rows."""
         dx = torch.empty_like(x) if self.all_seen else torch.zeros_like(x)
         self._split(dx)[(slice(None), *self.seen)] = self._from_x(rows)
         return dx
 
-    def y_view(self, y):
-        """y [B, O, *P] as [B, P, Go, co], a view where memory allows it."""
+    def y_view(self, y: Tensor) -> Tensor:
+        """y [B, O, *S'] as [B, P, g * Go, co]; a view where memory allows it."""
         return y.flatten(2).unflatten(1, (self.geo.g_out, -1)).permute(0, 3, 1, 2)
 
-    def y_rows(self, dy):
+    def y_rows(self, dy: Tensor) -> Tensor:
+        """The gradient of y as the compiled functions read it."""
         rows = self.y_view(dy)
         if self.is_direct(rows, self.y_shape):
             return rows
@@ -137,13 +145,14 @@ class _Layout:
         padded[..., : self.geo.cell[0]] = rows
         return padded
 
-    def run(self, name, *arrays):
+    def run(self, name: str, *arrays: Tensor | None) -> int:
+        """Call a compiled function."""
         return run(self.functions, name, self.call, *arrays)
 
 
 @functools.lru_cache(maxsize=1024)
 def _tables(sizes, out, stride, kernel, dilation, step):
-    """Where in an image every output position begins, and how far from there every tap lies."""
+    """Two tables of offsets: of every output position's window in an image, and of every tap in its window."""
 
     def offsets(counts, steps):
         total, line = torch.zeros(1, dtype=torch.int64), step
@@ -162,12 +171,12 @@ def _tables(sizes, out, stride, kernel, dilation, step):
 _layout_of = functools.lru_cache(maxsize=1024)(_Layout)
 
 
-def _layout(x, geo):
+def _layout(x: Tensor, geo: Geometry) -> _Layout:
     dtype = TYPES[x.dtype]
     return _layout_of(x.shape[2:], geo, dtype, library(SOURCE, dtype), torch.get_num_threads())
 
 
-def forward(x, alpha, cells, geo):
+def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
     """Mix tiles of kernels and multiply by them at once."""
     layout, y = _layout(x, geo), empty_like_layout(x, geo.c_out, geo.out)
     target = layout.y_view(y)
@@ -179,7 +188,9 @@ def forward(x, alpha, cells, geo):
     return y
 
 
-def backward(dy, x, alpha, cells, geo, needs):
+def backward(
+    dy: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `forward`; the kernels are mixed again."""
     layout = _layout(x, geo)
     units, wide, dy = layout.units(alpha), layout.cells(cells), layout.y_rows(dy)

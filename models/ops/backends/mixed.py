@@ -3,24 +3,27 @@
 x [B, C, *S], alpha [B, m, n], cells [n, co, ci, *k]; letters as in `geometry.py`.
 """
 
-import torch
+from collections.abc import Sequence
 
-from ..geometry import empty_like_layout, full_alpha, live_alpha, patches, unpatches
+import torch
+from torch import Tensor
+
+from ..geometry import Geometry, empty_like_layout, full_alpha, live_alpha, patches, unpatches
 from ..products import LOW_PRECISION, fold, fold_alpha, output_blocks, unfold_alpha
 from ..scratch import scratch
 
 CASTS_CELLS = False
-# numbers of a cell from which on a copy of the warehouse costs more than one product per cell
+# for cells of at least this many numbers, a copy of the warehouse costs more than one product per cell
 LARGE_CELL = 64 * 64
 
 
-def available(geo, dtype, device):
+def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
     """Whether the backend can evaluate a call."""
     return geo.foldable
 
 
-def _mixed_inputs(x, alpha, geo):
-    """Patches [b, k, (p q)] and, for every cell, the patches that it multiplies: z [n, (b Go p), q]."""
+def _mixed_inputs(x: Tensor, alpha: Tensor, geo: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches [b, k, (p q)], their weights [b, (Go n), k], and for every cell the mixed patches z [n, (b Go p), q]."""
     batch, g_out = x.shape[0], alpha.shape[2]
     cols = patches(x, geo, "bkpq").flatten(2)
     weights = alpha.permute(0, 2, 4, 1, 3).reshape(batch, g_out * geo.n, -1)  # [b, (Go n), (T Gi)]
@@ -30,11 +33,12 @@ def _mixed_inputs(x, alpha, geo):
     return cols, weights, scratch("mixed by cell", z.shape, x).copy_(z).view(geo.n, -1, geo.q)
 
 
-def _one_product(cells, geo):
+def _one_product(cells: Tensor, geo: Geometry) -> bool:
+    """Whether to multiply by all cells in one product, or by one cell after the other."""
     return geo.cell[0] * geo.q < LARGE_CELL or cells.dtype in LOW_PRECISION
 
 
-def forward(x, alpha, cells, geo):
+def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
     """Mix the patches of every sample first, then multiply by the cells once for the whole batch."""
     x, alpha = fold(x, geo), fold_alpha(live_alpha(alpha, geo), geo)
     c_out = geo.cell[0]
@@ -52,7 +56,9 @@ def forward(x, alpha, cells, geo):
     return out if geo.groups == 1 else out.reshape(geo.batch, geo.c_out, *geo.out)
 
 
-def backward(dy, x, alpha, cells, geo, needs):
+def backward(
+    dy: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `forward`; the mixed inputs are computed again."""
     x_shape = x.shape
     x, alpha = fold(x, geo), fold_alpha(live_alpha(alpha, geo), geo)

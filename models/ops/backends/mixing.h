@@ -4,18 +4,19 @@
 #include "registers.h"
 
 struct Mixture {
-  Int rows, n, width;  // mixed kernels, cells, numbers in each
+  Int rows, n, width;  // number of mixed cells, of cells in the warehouse, and of numbers in each
   Int threads;
 };
 
 // columns of a warehouse that are mixed at a time
 constexpr Int COLUMNS = 8 * TILE;
-// numbers of kernels and of a warehouse whose products are summed at a time, to fit a cache of the second level: sums
-// over short lines cost as much as the products
+// A sum covers as many numbers of kernels and of a warehouse as fit a second-level cache, because adding up the lanes
+// of short lines costs as much as the products.
 constexpr Int SUMMED_NUMBERS = (640 << 10) / Int(sizeof(real)), SUMMED_COLUMNS = 64 * TILE;
 
 static thread_local Buffer mixing[3];
 
+// the count, rounded up to whole vectors
 static Int whole(Int count) { return (count + LANES - 1) / LANES * LANES; }
 
 // to[column][row] = from[row][column]
@@ -31,8 +32,8 @@ static void transpose_all(const real *from, Int from_step, Int rows, Int columns
     }
 }
 
-// c[row][e] = sum_k a[row][k] b[k][e] for `count` columns; whole vectors of b are read, and only `count` columns written.
-// spare: memory of ROWS tiles.
+// c[row][e] = sum_k a[row][k] b[k][e] for `count` columns.  Whole vectors of b are read, but only `count` columns are
+// written.  spare: memory of ROWS tiles.
 static void columns_product(Product p, Int rows, Int count, real *spare) {
   Int spare_rows[ROWS];
   for (int r = 0; r < ROWS; r++) spare_rows[r] = r * TILE;
@@ -74,9 +75,10 @@ static void mix(const Mixture &m, const real *alpha, const real *cells, real *ke
   }
 }
 
-// Gradients, each unless null.  dalpha has room for `unmix_parts` times as much, which it needs before the sum.
+// number of partial sums of dalpha in `unmix`
 static Int unmix_parts(const Mixture &m) { return std::max<Int>(1, std::min<Int>(16, m.width / COLUMNS)); }
 
+// Gradients of `mix`, each unless null.  dalpha has room for `unmix_parts` partial sums; the first becomes the total.
 static void unmix(const Mixture &m, const real *dkernels, const real *alpha, const real *cells, real *dalpha,
                   real *dcells) {
   const std::vector<Int> a_rows = steps(m.n, 1), c_rows = steps(m.n, m.width);

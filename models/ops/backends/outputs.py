@@ -1,29 +1,32 @@
-"""The backend "outputs": all samples are convolved by every cell, and the outputs mixed, in plain PyTorch.
+"""The backend "outputs": all samples are convolved with every cell, and the outputs are mixed, in plain PyTorch.
 
 x [B, C, *S], alpha [B, m, n], cells [n, co, ci, *k]; letters as in `geometry.py`.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from ..dead_taps import convolution_backward
-from ..geometry import full_alpha, library_convolution, live_alpha, unpad
+from ..geometry import Geometry, full_alpha, library_convolution, live_alpha, unpad
 from ..products import fold, fold_alpha, unfold_alpha
 
 CASTS_CELLS = False
 
 
-def available(geo, dtype, device):
-    """Whether the cells of a mixture see the same inputs: cells as wide as the kernel, over all input channels."""
+def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
+    """Whether all cells read the same inputs: each covers the whole kernel and all input channels of a group."""
     return geo.foldable and geo.taps == 1 and geo.g_in == 1
 
 
-def _cell_kernels(cells, geo):
-    """The kernel of a static convolution by all cells."""
+def _cell_kernels(cells: Tensor, geo: Geometry) -> Tensor:
+    """The kernel of a static convolution with all cells."""
     return cells.reshape(geo.n * geo.cell[0], geo.cell[1], *geo.kernel)
 
 
-def forward(x, alpha, cells, geo):
-    """Convolve by every cell once for all samples, then mix the outputs; for one cell, a static convolution scaled."""
+def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
+    """Convolve all samples with every cell, then mix the outputs; for one cell, this scales a static convolution."""
     weights = fold_alpha(live_alpha(alpha, geo), geo).flatten(1, 3)  # [B, Go, n]
     source, arguments = library_convolution(fold(x, geo), geo)
     z = torch.ops.aten.convolution(source, _cell_kernels(cells, geo), None, *arguments, 1)
@@ -32,8 +35,10 @@ def forward(x, alpha, cells, geo):
     return y.reshape(geo.batch, geo.c_out, *geo.out)
 
 
-def backward(dy, x, alpha, cells, geo, needs):
-    """Gradients of `forward`; the outputs of the cells are computed again where alpha needs them."""
+def backward(
+    dy: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `forward`; the outputs of the cells are computed again if alpha needs a gradient."""
     live, folded, kernel = fold_alpha(live_alpha(alpha, geo), geo), fold(x, geo), _cell_kernels(cells, geo)
     weights, dy = live.flatten(1, 3), dy.reshape(len(live), live.shape[2], -1)
     source, arguments = library_convolution(folded, geo)

@@ -1,18 +1,19 @@
-// Point-wise convolution on the CPU with a kernel for every sample, for maps that are large beside the kernels: these are
-// mixed once and stay in the cache, while positions go by.  Called by pointwise.py, which describes the arrays.
+// Point-wise convolution on the CPU with a kernel for every sample, for maps that are large compared with the kernels:
+// these are mixed once and stay in the cache for all positions.  pointwise.py calls these functions and describes the
+// arrays.
 
 #include "mixing.h"
 
-// positions whose inputs are worked on at a time, at most; and bytes of them, to fit a cache of the second level
+// at most this many positions, and bytes of their inputs, are processed at a time, to fit a second-level cache
 constexpr Int POSITIONS = 8 * TILE, CACHE_BYTES = 256 << 10;
 // positions over which gradients of kernels are summed at a time
 constexpr Int SUMMED = 128;
 
 static thread_local Buffer buffers[2];
 
-// the fields are filled by pointwise.py, in this order
+// pointwise.py fills the fields in this order
 struct Call {
-  Int samples, g_out, g_in, n, c_out, c_in, positions;  // samples: of all groups
+  Int samples, g_out, g_in, n, c_out, c_in, positions;  // samples: counted once per group
   Int threads;
 
   Int inputs() const { return g_in * c_in; }
@@ -21,13 +22,13 @@ struct Call {
   Mixture mixture() const { return {samples * g_out * g_in, n, c_out * c_in, threads}; }
 };
 
-// Where the rows of a kernel lie that are multiplied, over groups of channels that are summed.
+// Where the rows of a kernel begin, and the groups of channels over which a product sums.
 struct Kernel {
   std::vector<Int> rows, groups;
-  Int step, depth;  // between two channels that are summed, and their number in a group
+  Int step, depth;  // distance of two channels in a group, and their number
 };
 
-// the rows of outputs, summed over inputs
+// a row for every output, summed over the inputs
 static Kernel of_outputs(const Call &c) {
   const Int cell = c.c_out * c.c_in;
   Kernel kernel = {{}, {}, 1, c.c_in};
@@ -37,7 +38,7 @@ static Kernel of_outputs(const Call &c) {
   return kernel;
 }
 
-// y[s][row] = sum over channels of kernel[s][row][channel] x[s][channel], rows and channels of positions
+// y[s][row] = sum over channels of kernel[s][row][channel] x[s][channel], for all positions
 static void multiply(const Call &c, const Kernel &kernel, const real *kernels, Int channels, const real *x, real *y) {
   const Int block = std::max<Int>(TILE, std::min(POSITIONS, CACHE_BYTES / Int(sizeof(real)) / channels / TILE * TILE));
   const Int blocks = (c.positions + block - 1) / block, rows = kernel.rows.size();
@@ -59,18 +60,18 @@ static void multiply(const Call &c, const Kernel &kernel, const real *kernels, I
 
 extern "C" {
 
-// y [s][output][position]; kernels is memory to work in
+// Writes y [s][output][position]; `kernels` is scratch memory.
 void forward(const Call *call, const real *x, const real *alpha, const real *cells, real *kernels, real *y) {
   const Call &c = *call;
   mix(c.mixture(), alpha, cells, kernels);
   multiply(c, of_outputs(c), kernels, c.inputs(), x, y);
 }
 
-// number of partial sums that dalpha has room for
+// number of partial sums for which dalpha needs room
 Int parts_of_alpha(const Call *call) { return unmix_parts(call->mixture()); }
 
-// dx, dalpha and dcells, each unless null; kernels and dkernels (null if neither dalpha nor dcells is asked for) are
-// memory to work in
+// Writes dx, dalpha and dcells, each unless null.  `kernels` and `dkernels` are scratch memory; `dkernels` is null if
+// neither dalpha nor dcells is needed.
 void backward(const Call *call, const real *dy, const real *x, const real *alpha, const real *cells, real *kernels,
               real *dkernels, real *dx, real *dalpha, real *dcells) {
   const Call &c = *call;
@@ -83,7 +84,7 @@ void backward(const Call *call, const real *dy, const real *x, const real *alpha
     multiply(c, kernel, kernels, c.outputs(), dy, dx);
   }
   if (!dkernels) return;
-  // parts of the outputs where there are fewer blocks of inputs than threads can share
+  // split the outputs if there are too few blocks of inputs to share among the threads
   const Int blocks = c.samples * c.g_in, parts = std::min(c.outputs(), (4 * c.threads + blocks - 1) / blocks);
   const Kernel kernel = of_outputs(c);
   const std::vector<Int> dy_rows = steps(c.outputs(), c.positions);

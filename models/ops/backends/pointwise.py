@@ -1,26 +1,28 @@
 """The backend "pointwise" of the mixture convolution on the CPU, compiled from `pointwise.cpp`.
 
-For kernels of one tap and maps that are large beside them: kernels are mixed once and stay in the cache.
+For kernels of one tap on maps that are large compared with the kernels: these are mixed once and stay in the cache.
 """
 
 import ctypes
 import functools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from ..geometry import full_alpha, live_alpha
+from ..geometry import Geometry, full_alpha, live_alpha
 from ..scratch import scratch
 from .compiled import TYPES, compiles, library, run
 
 CASTS_CELLS = True
 SOURCE = "pointwise.cpp"
-# kernels are mixed for so many samples at a time
+# bytes of the kernels that are mixed at a time
 KERNEL_BYTES = 16 << 20
 
 
-def available(geo, dtype, device):
+def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
     """Whether the backend can evaluate a call."""
     return (
         math.prod(geo.kernel) == 1
@@ -37,7 +39,7 @@ class _Call(ctypes.Structure):
 
 
 @functools.lru_cache(maxsize=1024)
-def _call(geo, threads):
+def _call(geo: Geometry, threads: int) -> _Call:
     return _Call(
         samples=geo.batch * geo.groups,
         g_out=geo.g_out // geo.groups,
@@ -50,38 +52,39 @@ def _call(geo, threads):
     )
 
 
-def _seen(geo):
-    """Index of what is seen of x."""
+def _seen(geo: Geometry) -> tuple:
+    """Index of the positions of x that the convolution reads."""
     return (..., *(slice(0, (out - 1) * s + 1, s) for out, s in zip(geo.out, geo.stride, strict=True)))
 
 
 class _Pass:
-    """What both passes share: arrays as the compiled functions read them, and pieces of the batch to work on."""
+    """What the forward and the backward pass share: the arrays that the compiled functions read, piece by piece."""
 
-    def __init__(self, x, alpha, cells, geo):
+    def __init__(self, x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> None:
         dtype = TYPES[x.dtype]
         self.x, self.cells = x[_seen(geo)].to(dtype).contiguous(), cells.to(dtype).contiguous()
         self.rows = live_alpha(alpha, geo).to(dtype).contiguous()  # [B, 1, Go, Gi, n]
         self.step = max(1, KERNEL_BYTES // (self.rows[0, ..., 0].numel() * cells[0].numel() * dtype.itemsize))
         self.geo = geo
 
-    def pieces(self):
-        """(slice of the batch, geometry of it)."""
+    def pieces(self) -> Iterator[tuple[slice, Geometry]]:
+        """Slices of the batch whose kernels are mixed at a time, and the geometry of each."""
         for first in range(0, self.geo.batch, self.step):
             count = min(self.step, self.geo.batch - first)
             geo = self.geo if count == self.geo.batch else replace(self.geo, batch=count)
             yield slice(first, first + count), geo
 
-    def kernels(self, slot, part):
-        """Memory for the kernels of some samples."""
+    def kernels(self, slot: str, part: slice) -> Tensor:
+        """Scratch memory for the kernels of some samples."""
         return scratch(slot, (*self.rows[part].shape[:-1], *self.geo.cell), self.x)
 
-    def run(self, name, geo, *arrays):
+    def run(self, name: str, geo: Geometry, *arrays: Tensor | None) -> int:
+        """Call a compiled function."""
         call = _call(geo, torch.get_num_threads())
         return run(library(SOURCE, self.x.dtype), name, call, *arrays)
 
 
-def forward(x, alpha, cells, geo):
+def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
     """Mix kernels, then multiply blocks of positions by them."""
     own = _Pass(x, alpha, cells, geo)
     y = own.x.new_empty(geo.batch, geo.c_out, *geo.out)
@@ -90,7 +93,9 @@ def forward(x, alpha, cells, geo):
     return y.to(x.dtype)
 
 
-def backward(dy, x, alpha, cells, geo, needs):
+def backward(
+    dy: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `forward`; the kernels are mixed again."""
     own = _Pass(x, alpha, cells, geo)
     dy = dy.to(own.x.dtype).contiguous()

@@ -1,4 +1,4 @@
-// What all compiled backends do in registers: products of tiles, copies, transpositions; and the memory that they work in.
+// What all compiled backends share: products of tiles, copies and transpositions in registers, and scratch memory.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +34,7 @@ static inline void store(real *p, vec v) { *reinterpret_cast<vec *>(p) = v; }
 
 extern "C" Int lanes() { return LANES; }
 
-// where rows lie that are `step` apart
+// offsets of rows that are `step` apart
 static std::vector<Int> steps(Int count, Int step) {
   std::vector<Int> table(count);
   for (Int i = 0; i < count; i++) table[i] = i * step;
@@ -45,18 +45,18 @@ static std::vector<Int> steps(Int count, Int step) {
 
 struct Product {
   const real *a;
-  const Int *a_rows;  // of every row of A and C
-  Int a_step;         // between two k
+  const Int *a_rows;  // offset of every row
+  Int a_step;         // distance of two k
   const real *b;
-  const Int *b_rows;  // of every k, or null for steps
+  const Int *b_rows;  // offset of every k, or null if they are b_step apart
   Int b_step;
   real *c;
-  const Int *c_rows;
-  Int depth;                   // number of k
-  Int groups;                  // the sum goes over groups of k
-  const Int *a_groups;         // of every group
-  Int b_group;                 // between two groups
-  bool add;
+  const Int *c_rows;    // offset of every row
+  Int depth;            // number of k in a group
+  Int groups;           // number of groups of k, over all of which the product sums
+  const Int *a_groups;  // offset of every group in A, or null
+  Int b_group;          // distance of two groups in B
+  bool add;             // whether to add to C
 };
 
 template <int R, int V, bool GATHER>
@@ -88,7 +88,7 @@ static void dispatch(const Product &p, Int first, int rows, int vectors) {
   if constexpr (R > 0) {
     if (rows < R) return dispatch<R - 1, GATHER>(p, first, rows, vectors);
     if (vectors == VECTORS) return rows_product<R, VECTORS, GATHER>(p, first);
-    // the last tile of a number of channels that is no multiple of a tile
+    // the last tile, if the number of channels is not a multiple of a tile
     for (int v = 0; v < vectors; v++) {
       Product part = p;
       part.b += v * LANES, part.c += v * LANES;
@@ -150,13 +150,13 @@ static void all_dots(const real *a, Int a_step, Int rows, const real *b, Int b_s
 
 // --- copies ----------------------------------------------------------------------------------------------------------
 
-// Rows of a tile lie far apart in memory, where no processor expects the next.
+// Rows of a tile lie far apart in memory, so processors do not prefetch the next one by themselves.
 static void prefetch(const real *from, Int rows, Int step, Int length) {
   for (Int r = 0; r < rows; r++)
     for (Int e = 0; e < length; e += 64 / Int(sizeof(real))) __builtin_prefetch(from + r * step + e, 0, 2);
 }
 
-// rows of a matrix, as far as they are there, side by side and filled up with 0
+// copies `count` numbers of every row of a matrix, padded with 0 to the length `to_step`
 static void pack_rows(const real *from, Int rows, Int step, Int count, real *to, Int to_step) {
   for (Int r = 0; r < rows; r++, from += step, to += to_step) {
     if (r + 1 < rows) prefetch(from + step, 1, 0, count);
@@ -169,7 +169,7 @@ static void pack_rows(const real *from, Int rows, Int step, Int count, real *to,
 typedef std::conditional<sizeof(real) == 4, int32_t, int64_t>::type lane;
 typedef lane lane_vec __attribute__((vector_size(BYTES), aligned(sizeof(lane)), may_alias));
 
-// a vector of which all but the first lanes are 0
+// the vector with all but the first `count` lanes set to 0
 static inline vec first_lanes(vec v, Int count) {
   static const struct Ones {
     lane values[2 * LANES];
@@ -182,7 +182,7 @@ static inline vec first_lanes(vec v, Int count) {
 
 #if defined(__GNUC__) && !defined(__clang__)
 
-// exchanges the off-diagonal quarters of all blocks of 2 * HALF, then of smaller ones
+// exchanges the off-diagonal quarters of all blocks of size 2 * HALF, then of smaller blocks
 template <int HALF>
 static inline void exchange(vec *rows) {
   if constexpr (HALF > 0) {
@@ -221,7 +221,7 @@ static inline void transpose(const real *from, Int from_step, real *to, Int to_s
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 
-// Asks for large pages under memory that is about to be written for the first time, which saves most of the faults.
+// Asks for large pages under memory that is about to be written for the first time, which saves most page faults.
 static void expect_writes(real *data, Int count) {
 #ifdef __linux__
   constexpr uintptr_t PAGE = 2 << 20;
@@ -231,7 +231,7 @@ static void expect_writes(real *data, Int count) {
 #endif
 }
 
-// lives as long as its thread, so that its pages are cleared once
+// Memory that lives as long as its thread, so that the operating system clears its pages only once.
 struct Buffer {
   real *data = nullptr;
   Int size = 0;
@@ -243,7 +243,7 @@ struct Buffer {
       data = static_cast<real *>(std::aligned_alloc(64, (size * sizeof(real) + 63) / 64 * 64));
       if (!data) std::abort();
     }
-#ifdef POISON  // tests: what is read before it was written shows
+#ifdef POISON  // in tests: NaN reveals numbers that are read before they are written
     std::fill(data, data + wanted, std::numeric_limits<real>::quiet_NaN());
 #endif
     return data;

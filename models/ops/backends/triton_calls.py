@@ -1,6 +1,8 @@
-"""What the backends "triton" and "triton_fused" share: where they are available, and launches of `triton_kernels.py`.
+"""What the backends "triton" and "triton_fused" share: where they are available, and the launches of their kernels.
 
 Triton is optional, and imported when a call first needs it.
+
+Legend: as in `triton_kernels.py`; g groups, m mixtures of cells in a kernel, P' positions of the source.
 """
 
 import functools
@@ -8,16 +10,19 @@ import importlib.util
 import math
 import os
 import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from ..geometry import full_alpha, live_alpha
+from ..geometry import Geometry, full_alpha, live_alpha
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CAPABILITY = (8, 0)
-# kernels and their gradients are made for so many samples at a time that they take no more bytes
+CAPABILITY = (8, 0)  # the lowest compute capability of a GPU
+# Kernels, and their gradients, are made for as many samples at a time as fit into this many bytes.
 PIECE_BYTES = 1 << 30
-# programs among which a product with few tiles of output shares its inner dimension, and the least share
+# A product with few output tiles splits its inner dimension into parts of at least SHARE, to run PROGRAMS programs.
 PROGRAMS, SHARE = 512, 128
 
 
@@ -25,21 +30,21 @@ PROGRAMS, SHARE = 512, 128
 
 
 @functools.cache
-def _installed():
+def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
-def _interpreted():
-    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before it is imported), on any device."""
+def _interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on any device (TRITON_INTERPRET=1 when Triton is imported)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
-def _works():
-    """Whether kernels can be compiled for all GPUs that are seen; a driver that cannot be loaded is told about once."""
+def _works() -> bool:
+    """Whether kernels can be compiled for all visible GPUs; warns once if the driver cannot be loaded."""
     capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
-    # none is seen where a program is only made for a GPU
+    # no GPU is visible on a machine where a program is only compiled for one
     if torch.version.hip is not None or not capabilities or min(capabilities) < CAPABILITY:
         return False
     try:
@@ -51,7 +56,7 @@ def _works():
     return True
 
 
-def available(geo, dtype, device):
+def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
     """Whether the backends can evaluate a call."""
     shapes = zip(geo.out, geo.stride, geo.kernel, geo.dilation, geo.pads, strict=True)
     source = math.prod((o - 1) * s + (k - 1) * d + 1 - left - right for o, s, k, d, (left, right) in shapes)
@@ -60,14 +65,14 @@ def available(geo, dtype, device):
         dtype in DTYPES
         and geo.per_tap
         and geo.foldable
-        and max(numbers) < 1 << 31  # offsets inside a sample
+        and max(numbers) < 1 << 31  # offsets inside a sample have 32 bits
         and _installed()
         and (_interpreted() or (device == "cuda" and _works()))
     )
 
 
 @functools.cache
-def _kernels():
+def _kernels() -> ModuleType:
     from . import triton_kernels
 
     return triton_kernels
@@ -80,11 +85,13 @@ def _kernels():
 def _tables(size, out, kernel, full_kernel, first_tap, stride, dilation, pads, forward, device):
     """Which positions are read and written, as int32 tensors on a device.
 
-    index [classes, T', P'']: the position of the source that a tap sees, or -1; taps, full_taps [classes, T']: which of
-    the live and of all taps; counts [classes]; places [classes, P'']: the position of the target, or -1.
+    The forward pass has one class of target positions.  For the input's gradient, positions at the same distance from a
+    multiple of the stride form a class: they share their taps, and no products are computed for the taps of others.
 
-    Forward there is one class.  For the input's gradient a class is the positions between two steps of the stride: they
-    share their taps, so that no product is made of what other classes read.
+    Returns:
+        index [classes, T', P'']: the position of the source that a tap sees, or -1; taps, full_taps [classes, T']: the
+        taps of a class, numbered among the live ones and among all; counts [classes]: how many taps a class has;
+        places [classes, P'']: the positions of the target, or -1.
     """
 
     def line(values, sizes):
@@ -105,7 +112,7 @@ def _tables(size, out, kernel, full_kernel, first_tap, stride, dilation, pads, f
                 at[(spots - tap) % step != 0] = -1
                 kind = (kind[:, None] * step + (spots + left) % step).flatten()
             live = (at >= 0) & (at < length)
-            # [T, P] of the dimensions so far and this one; -1 stays
+            # extend [T, P] of the dimensions so far by this one; -1 stays -1
             at = torch.where(live, at, -1)[None, :, None, :]
             seen = seen[:, None, :, None]
             seen = torch.where((seen >= 0) & (at >= 0), seen * length + at, -1).flatten(2).flatten(0, 1)
@@ -132,33 +139,38 @@ def _tables(size, out, kernel, full_kernel, first_tap, stride, dilation, pads, f
 # --- a call -----------------------------------------------------------------------------------------------------------
 
 
-def _precision(backend):
-    """How float32 is multiplied, which the user decides for convolutions and for products."""
+def _precision(backend) -> str:
+    """Precision of float32 products, from the user's settings of PyTorch for convolutions or for matrix products."""
     return "tf32" if backend.fp32_precision == "tf32" else "ieee"
 
 
-def _bucket(samples, positions, *channels):
-    """A number for shapes that share a choice of tiles: a batch that changes a little is not tuned for again."""
+def _bucket(samples: int, positions: int, *channels: int) -> int:
+    """A key that similar shapes share, so that a slightly different batch does not tune the tiles again."""
     bucket = min(samples.bit_length() - 1, 6) // 3 * 32 + positions.bit_length()
     for count in channels:
         bucket = bucket * 256 + min(-(-count // 32), 255)
     return bucket
 
 
-def _grid(count, **sizes):
-    """A launch of count programs for every tile of the named sizes."""
+def _grid(count: int, **sizes: int) -> Callable[[dict], tuple[int]]:
+    """A launch grid of `count` programs for every tile of the named sizes."""
     return lambda meta: (math.prod((count, *(-(-size // meta[f"BLOCK_{name}"]) for name, size in sizes.items()))),)
 
 
-def _rows(x):
-    """x [B, C, *S] with channels innermost, [B, S, C]; no copy where they are."""
+def _rows(x: Tensor) -> Tensor:
+    """x [B, C, *S] -> [B, P', C] with channels innermost in memory; no copy if they are already."""
     return x.movedim(1, -1).contiguous().flatten(1, -2)
 
 
 class Call:
-    """The shapes of one call, and its launches."""
+    """The shapes of one call, and the launches of its kernels.
 
-    def __init__(self, x, geo):
+    Args:
+        x: the input, [B, C, *S].
+        geo: the geometry of the call.
+    """
+
+    def __init__(self, x: Tensor, geo: Geometry) -> None:
         self.geo, self.like = geo, x
         self.g_out = geo.g_out // geo.groups
         self.c_out, self.co, self.ci = self.g_out * geo.cell[0], geo.cell[0], geo.cell[1]
@@ -167,21 +179,22 @@ class Call:
         self.matmul = _precision(torch.backends.cuda.matmul)
         self.kernels = _kernels()
 
-    def tables(self, forward):
+    def tables(self, forward: bool) -> list[Tensor]:
+        """The tables of positions for the forward pass, or for the input's gradient; see `_tables`."""
         geo, size = self.geo, tuple(self.like.shape[2:])
         kernel = (geo.kernel, geo.full_kernel, geo.first_tap, geo.stride, geo.dilation, geo.pads)
         return _tables(size, geo.out, *kernel, forward, self.like.device)
 
-    def pieces(self, item_bytes):
-        """Ranges of images whose kernels are made at a time."""
+    def pieces(self, item_bytes: int) -> list[tuple[int, int]]:
+        """Ranges of images whose kernels, of numbers of `item_bytes` bytes, are made at a time."""
         geo = self.geo
         size = geo.groups * geo.taps * self.c_out * geo.c_in * item_bytes
         pieces = -(-geo.batch // max(1, PIECE_BYTES // size))
         step = -(-geo.batch // pieces)
         return [(i, min(i + step, geo.batch)) for i in range(0, geo.batch, step)]
 
-    def assemble(self, alpha, cells):
-        """alpha [B, m, n] and cells -> kernels of all samples, [S, T, O, C]."""
+    def assemble(self, alpha: Tensor, cells: Tensor) -> Tensor:
+        """alpha [B, m, n] and cells [n, co, ci, *k] -> kernels of all samples, [S, T, O, C]."""
         geo, samples = self.geo, len(alpha) * self.geo.groups
         kernels = self.like.new_empty(samples, geo.taps, self.c_out, geo.c_in)
         rows, size = samples * geo.taps * self.g_out * geo.g_in, self.co * self.ci
@@ -191,8 +204,15 @@ class Call:
         )  # fmt: skip
         return kernels
 
-    def convolve(self, source, kernels, target, forward):
-        """source [B, P', g * K] -> target [B, P, g * N]: (K, N) = (C, O), or (O, C) for the input's gradient."""
+    def convolve(self, source: Tensor, kernels: Tensor, target: Tensor, forward: bool) -> None:
+        """Convolve every sample with its own kernel, or compute the input's gradient.
+
+        Args:
+            source: [B, P', g * K], where (K, N) is (C, O) in the forward pass and (O, C) for the input's gradient.
+            kernels: [S, T, O, C].
+            target: [B, P, g * N], which is written.
+            forward: whether this is the forward pass.
+        """
         geo, samples = self.geo, len(source) * self.geo.groups
         index, taps, _, counts, places = self.tables(forward)
         k, n = (geo.c_in, self.c_out) if forward else (self.c_out, geo.c_in)
@@ -203,8 +223,8 @@ class Call:
             _bucket(samples, positions, k * class_taps, n), PRECISION=self.conv,
         )  # fmt: skip
 
-    def mix_and_convolve(self, source, alpha, cells, target, forward):
-        """`assemble` and `convolve` at once."""
+    def mix_and_convolve(self, source: Tensor, alpha: Tensor, cells: Tensor, target: Tensor, forward: bool) -> None:
+        """`assemble` and `convolve` in one kernel; the arguments are theirs."""
         geo, samples = self.geo, len(source) * self.geo.groups
         index, _, taps, counts, places = self.tables(forward)
         inner, outer = (geo.g_in, self.ci), (self.g_out, self.co)
@@ -217,14 +237,19 @@ class Call:
             MIX_PRECISION=self.matmul, PRECISION=self.conv,
         )  # fmt: skip
 
-    def multiply(self, a, b, a_m, a_k, b_k, b_n, m, n, k):
-        """[M, K] @ [K, N] -> [M, N] in float32, whatever the strides."""
+    def multiply(self, a: Tensor, b: Tensor, a_m: int, a_k: int, b_k: int, b_n: int, m: int, n: int, k: int) -> Tensor:
+        """a [M, K] @ b [K, N] -> [M, N] in float32, for any strides.
+
+        Args:
+            a_m, a_k, b_k, b_n: strides of a and b in the dimensions m, k and n.
+            m, n, k: sizes M, N and K.
+        """
         tiles = -(-m // 64) * -(-n // 128)
         # in units of 64, which the tiles divide
         split = -(-max(k * tiles // PROGRAMS, SHARE) // 64)
         splits = -(-k // (64 * split))
         out = self.like.new_empty(splits, m, n, dtype=torch.float32)
-        # tf32 keeps more than half precision does
+        # tf32 keeps at least as many digits as half precision does
         low = self.like.dtype != torch.float32
         self.kernels.multiply[_grid(splits, M=m, N=n)](
             a, b, out, m, n, k, a_m, a_k, b_k, b_n, split, _bucket(m, split, n),
@@ -232,8 +257,18 @@ class Call:
         )  # fmt: skip
         return out[0] if splits == 1 else out.sum(0)
 
-    def kernel_gradients(self, dy, source, alpha, cells, needs):
-        """dy [B, P, g * O], source [B, P', g * C] -> gradients of alpha [B, m, n] and of cells, in float32."""
+    def kernel_gradients(
+        self, dy: Tensor, source: Tensor, alpha: Tensor, cells: Tensor, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of alpha and cells in float32, each None unless needed.
+
+        Args:
+            dy: [B, P, g * O].
+            source: the input, [B, P', g * C].
+            alpha: [B, m, n].
+            cells: [n, co, ci, *k].
+            needs: whether x, alpha and cells need a gradient.
+        """
         geo, size = self.geo, self.co * self.ci
         index = self.tables(True)[0]
         rows = live_alpha(alpha, geo).unflatten(2, (geo.groups, -1)).transpose(1, 2).contiguous()
@@ -258,10 +293,21 @@ class Call:
         return dalpha if needs[1] else None, dcells.view(cells.shape) if needs[2] else None
 
 
-def forward(convolve, x, alpha, cells, geo):
-    """The output [B, O, *S'].
+def forward(
+    convolve: Callable[[Call, Tensor, Tensor, Tensor, Tensor, bool], None],
+    x: Tensor,
+    alpha: Tensor,
+    cells: Tensor,
+    geo: Geometry,
+) -> Tensor:
+    """The output [B, O, *S'] of the mixture convolution.
 
-    convolve(call, source, alpha, cells, target, forward): what a backend does, with sources and targets [B, P, C].
+    Args:
+        convolve: convolve(call, source, alpha, cells, target, forward) of a backend, which fills the target [B, P, N]
+            from the source [B, P', K].
+        x: [B, C, *S].
+        alpha: [B, m, n].
+        cells: [n, co, ci, *k].
     """
     with torch.cuda.device_of(x):
         y = x.new_empty(geo.batch, *geo.out, geo.c_out)
@@ -270,8 +316,25 @@ def forward(convolve, x, alpha, cells, geo):
         return y.movedim(-1, 1)
 
 
-def backward(convolve, dy, x, alpha, cells, geo, needs):
-    """Gradients of `forward`; the kernels are mixed again."""
+def backward(
+    convolve: Callable[[Call, Tensor, Tensor, Tensor, Tensor, bool], None],
+    dy: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    cells: Tensor,
+    geo: Geometry,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, alpha and cells, each None unless needed; the kernels are mixed again.
+
+    Args:
+        convolve: as in `forward`.
+        dy: gradient of the output, [B, O, *S'].
+        x: [B, C, *S].
+        alpha: [B, m, n].
+        cells: [n, co, ci, *k].
+        needs: whether x, alpha and cells need a gradient.
+    """
     with torch.cuda.device_of(x):
         call, alpha, cells, dy = Call(x, geo), alpha.contiguous(), cells.contiguous(), _rows(dy)
         dx = dalpha = dcells = None

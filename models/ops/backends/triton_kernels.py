@@ -3,8 +3,8 @@
 Legend: S samples (batch * groups), G groups, Go and Gi blocks of output and input channels of a group, [co, ci] a cell,
 O = Go * co and C = Gi * ci channels of a group, T taps, P positions.  Activations have their channels innermost.
 
-Offsets inside one sample fit 32 bits, those of a sample do not.  Which position a tap reads comes from a table (see
-`triton_calls.py`), so that padding, strides, dilation and the number of dimensions are no concern of the kernels.
+Offsets inside one sample fit into 32 bits, but the offset of a sample may not.  A table (see `triton_calls.py`) tells
+which position a tap reads, so the kernels need not know padding, strides, dilation or the number of dimensions.
 """
 
 import triton
@@ -12,11 +12,11 @@ import triton.language as tl
 
 from .triton_tuning import INTERPRETED, tuned_fused, tuned_product
 
-# sizes that change with the batch: no kernel is compiled anew for them
+# sizes that change with the batch: Triton must not compile a kernel again for their values
 CHANGING = ["rows", "samples", "m_size", "split", "bucket"]
 
 
-# --- the interpreter keeps bfloat16 as integers, which it can neither multiply nor round ------------------------------
+# --- helpers; the interpreter stores bfloat16 as integers, which it can neither multiply nor round --------------------
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _round(x, dtype: tl.constexpr):
 
 @triton.jit
 def _mix(acc, start, alpha, cells, place, n, size, rows, columns, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds the mixtures of BLOCK cells: alpha [R] points to rows of n weights, cells [n, size], place [N] in a cell."""
+    """Add mixtures of BLOCK cells: alpha [R] points to rows of n weights, cells [n, size], place [N] in a cell."""
     j = start + tl.arange(0, BLOCK)
     live = j < n
     weights = tl.load(alpha[:, None] + j[None, :], mask=rows[:, None] & live[None, :], other=0.0)
@@ -74,7 +74,7 @@ def assemble(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """All mixtures as one product; every row goes to its place in the kernels that the convolution reads."""
+    """All mixtures as one product; every row is stored at its place in the kernels that the convolution reads."""
     # programs that run together read the same cells
     tiles = tl.cdiv(rows, BLOCK_M)
     row = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -192,7 +192,7 @@ def kernel_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gradient of every sample's kernel, cell by cell, not rounded."""
+    """Gradient of every sample's kernel, stored cell by cell in float32."""
     tiles_m, tiles_n = tl.cdiv(out_size, BLOCK_M), tl.cdiv(in_size, BLOCK_N)
     pid = tl.program_id(0)
     c = (pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -248,7 +248,7 @@ def multiply(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A product in float32, whose inner dimension is cut into parts of `split` times 64 that are summed later."""
+    """A product in float32, whose inner dimension is split into parts of 64 * `split`; their sum is computed later."""
     tiles_m, tiles_n = tl.cdiv(m_size, BLOCK_M), tl.cdiv(n_size, BLOCK_N)
     pid = tl.program_id(0)
     m = ((pid % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -303,9 +303,9 @@ def mix_and_convolve(
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """`convolve` with tiles of the kernels of BLOCK_S samples that are mixed where they are multiplied.
+    """`convolve` for BLOCK_S samples, which mixes each tile of their kernels just before it is multiplied.
 
-    (k, n) are (input, output) channels for the forward pass and (output, input) ones for the input's gradient.
+    (k, n) are (input, output) channels in the forward pass, and (output, input) channels for the input's gradient.
     """
     tiles_n, tiles_p = tl.cdiv(n_size, BLOCK_N), tl.cdiv(class_positions, BLOCK_P)
     tiles_s = tl.cdiv(samples, BLOCK_S)
@@ -322,7 +322,7 @@ def mix_and_convolve(
     s_live, p_live = sample < samples, p < class_positions
     image, group = (sample // groups).to(tl.int64), sample % groups
 
-    # a tile of a cell, input channels innermost
+    # a tile of a cell, with input channels innermost
     flat = tl.arange(0, BLOCK_N * BLOCK_K)
     if FORWARD:
         in_n, in_k = flat // BLOCK_K, flat % BLOCK_K
@@ -353,7 +353,7 @@ def mix_and_convolve(
         weights, size = alpha + unit * n, n_size * k_size
         kernel = tl.zeros((BLOCK_S, BLOCK_N * BLOCK_K), tl.float32)
         kernel = _mix(kernel, 0, weights, cells, place, n, size, s_live, live, MIX_PRECISION, BLOCK_J)
-        # a loop inside would keep this one from loading ahead
+        # an inner loop would keep the outer loop from loading ahead, so it exists only where n needs it
         if n > BLOCK_J:
             for start in range(BLOCK_J, n, BLOCK_J):
                 kernel = _mix(kernel, start, weights, cells, place, n, size, s_live, live, MIX_PRECISION, BLOCK_J)

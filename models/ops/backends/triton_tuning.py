@@ -1,14 +1,16 @@
-"""Which tiles the kernels of `triton_kernels.py` may have, and how one of them is chosen.
+"""Which sizes of tiles the kernels of `triton_kernels.py` may use, and how one of them is chosen.
 
-A choice is made by measurement when a kernel first meets a kind of shape, and is kept in Triton's cache on disk.
+The choice is measured when a kernel is first called with a kind of shape, and kept in Triton's cache on disk.
 """
+
+from collections.abc import Callable
 
 import triton
 import triton.language as tl
 from triton.testing import do_bench
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-BLOCK_J = 32  # cells that the fused kernel mixes at a time
+BLOCK_J = 32  # how many cells the fused kernel mixes at a time
 
 # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages
 PRODUCTS = {
@@ -31,7 +33,7 @@ PRODUCTS = {
     ],
     "MULTIPLY": [(32, 128, 32, 4, 3), (64, 64, 32, 4, 3), (128, 32, 32, 4, 3), (32, 256, 32, 8, 3)],
 }
-# BLOCK_P, BLOCK_N, BLOCK_K, warps, stages; 16 samples are the fewest rows that tensor cores take
+# BLOCK_P, BLOCK_N, BLOCK_K, warps, stages; BLOCK_S is 16, the fewest rows that tensor cores multiply
 FUSED = [
     (16, 16, 16, 4, 3),
     (16, 32, 16, 4, 3),
@@ -42,10 +44,13 @@ FUSED = [
 ]
 
 
-def tuned_product(name, *key, indirect=False):
-    """A decorator for kernels that are a product of tiles [BLOCK_M, BLOCK_K] and [BLOCK_K, BLOCK_N].
+def tuned_product(name: str, *key: str, indirect: bool = False) -> Callable:
+    """A decorator that tunes a kernel which multiplies tiles [BLOCK_M, BLOCK_K] and [BLOCK_K, BLOCK_N].
 
-    indirect: whether where to load from is loaded, too, which takes half of the stages.
+    Args:
+        name: the configurations in `PRODUCTS`.
+        key: arguments of the kernel; it is tuned again for other values of these.
+        indirect: whether the kernel also loads the positions from which it loads, which takes half of the stages.
     """
 
     def shared(config, item):
@@ -60,8 +65,11 @@ def tuned_product(name, *key, indirect=False):
     return _autotune(configs, key, shared)
 
 
-def tuned_fused(*key):
-    """A decorator for the fused kernel: shared memory holds tiles that are loaded ahead, and a mixed one on its way."""
+def tuned_fused(*key: str) -> Callable:
+    """A decorator that tunes the fused kernel again for other values of the arguments named in `key`.
+
+    Its shared memory holds the tiles that are loaded ahead, and one mixed tile.
+    """
 
     def shared(config, item):
         s, p, n, k, j = (config.kwargs[f"BLOCK_{name}"] for name in "SPNKJ")
@@ -78,20 +86,24 @@ def tuned_fused(*key):
     return _autotune(configs, key, shared)
 
 
-def _shared_limit():
+def _shared_limit() -> int:
     active = triton.runtime.driver.active
     return active.utils.get_device_properties(active.get_current_device())["max_shared_mem"]
 
 
 def _benchmark(call, quantiles):
-    # the interpreter takes the first one
+    # the interpreter always takes the first configuration
     return (0.0, 0.0, 0.0) if INTERPRETED.value else do_bench(call, warmup=10, rep=40, quantiles=quantiles)
 
 
-def _autotune(configs, key, shared):
-    """Tuning over the configurations that fit the device, anew for other arguments named in key or another bucket.
+def _autotune(
+    configs: list[triton.Config], key: tuple[str, ...], shared: Callable[[triton.Config, int], int]
+) -> Callable:
+    """A decorator that tunes over the configurations that fit the device.
 
-    shared(config, bytes of a number) is about what a configuration needs of the shared memory, rather more than less.
+    Args:
+        key: arguments of the kernel; it is tuned again for other values of these, of PRECISION or of the bucket.
+        shared: shared(config, bytes of a number) estimates the shared memory of a configuration, at the upper end.
     """
 
     def prune(configs, named_args, **kwargs):
