@@ -9,8 +9,6 @@ import math
 import re
 from collections.abc import Collection, Iterable
 
-from timm.layers import Attention
-from timm.layers import Linear as TimmLinear
 from torch import nn
 
 CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -65,7 +63,13 @@ def replaceable(model: nn.Module) -> dict[str, nn.Module]:
 
 def kind_of(module: nn.Module) -> type[nn.Module]:
     """The type of a layer. timm's linear layer counts as PyTorch's: they differ only by a cast under torch.jit."""
-    return nn.Linear if type(module) is TimmLinear else type(module)
+    return nn.Linear if _is_timms(module, "Linear") else type(module)
+
+
+def _is_timms(module: nn.Module, name: str) -> bool:
+    """Whether a module is timm's layer of that name, without importing timm: `main.py --help` need not wait for it."""
+    kind = type(module)
+    return kind.__name__ == name and kind.__module__.startswith("timm.layers.")
 
 
 def kernel_shape_of(module: nn.Module) -> tuple[int, ...]:
@@ -137,7 +141,7 @@ def main_layers(model: nn.Module) -> list[str]:
     names = [name for name in modules if "se" not in name.split(".")]
     convolutions = [name for name in names if not hasattr(modules[name], "in_features")]
     # timm's own class only: other self-attentions may read the weights of their projections
-    attentions = [name for name, module in model.named_modules() if type(module) is Attention]
+    attentions = [name for name, module in model.named_modules() if _is_timms(module, "Attention")]
     linear = {f"{name}.{part}" for name in attentions for part in ("qkv", "proj")}
     chosen = [name for name in names if name in convolutions[1:] or "mlp" in name.split(".") or name in linear]
     return chosen or names[1:-1]

@@ -152,7 +152,7 @@ def test_non_finite_loss_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch
 
 
 def test_bad_config_is_refused_at_once(tmp_path):
-    """As a user starts it: without the seconds that torch takes to load, and also under python -O."""
+    """As a user starts it, and also under python -O."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"batch_sise": 8}))
     done = launch(["--kw_config", str(path)], timeout=30, env={"PYTHONOPTIMIZE": "1"})
