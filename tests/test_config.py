@@ -275,6 +275,6 @@ def test_bad_command_line_is_refused_in_one_line(words, part):
 
 def test_options_need_no_timm():
     """A mistake is refused before timm and torchvision are loaded, which takes longer than torch."""
-    code = "import sys; from models.options import all_options; all_options(); print({'timm', 'torchvision'} & set(sys.modules))"
+    code = "import sys, models.options as o; o.all_options(); print({'timm', 'torchvision'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "set()\n", done
