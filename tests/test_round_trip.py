@@ -1,12 +1,22 @@
-"""Whatever network is saved is read back: own names come before those of other repositories."""
+"""Whatever network is saved is read back: own names come before those of other repositories, and old ones stay."""
 
+import gzip
+import json
+from pathlib import Path
+
+import fill
 import pytest
 import timm
 import torch
 import torchvision
+from tolerance import NETWORK, difference
 from torch import nn
 
-from models import build_model, convert, load_weights
+from models import build_model, convert, load_weights, set_temperature
+
+# of an earlier version, for networks of all methods: keys and shapes of the state dict, which layers were replaced, and
+# the logits for weights that `fill.py` makes from the keys
+EARLIER = json.loads(gzip.decompress((Path(__file__).parent / "data/earlier_checkpoints.json.gz").read_bytes()))
 
 # one of a family, as small as it comes; those that are quick first
 QUICK = """
@@ -72,3 +82,21 @@ def test_torchvision(name, dynamic, tmp_path):
         return convert(model, "odconv") if dynamic else model
 
     assert_round_trip(make, torch.randn(1, 3, 224, 224), tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_checkpoints_of_an_earlier_version(name, tmp_path):
+    record = EARLIER[name]
+    state = fill.fill_({key: torch.empty(shape) for key, shape in record["keys"].items()}, record["seed"])
+    state = {key: value * record["scale"] if value.ndim > 1 else value for key, value in state.items()}
+    for key in state:
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.zeros((), dtype=torch.int64)
+    torch.save({"model": state, "epoch": 3}, tmp_path / "checkpoint.pth")
+    model = load_weights(build_model(record["config"], num_classes=7), tmp_path / "checkpoint.pth")
+    assert list(model.state_dict()) == list(record["keys"])
+    assert getattr(model, "conversion", {}) == record["conversion"]
+    if record["temperature"]:
+        set_temperature(model, record["temperature"])
+    x = fill.make_input(record["input"], record["seed"]).double()
+    assert difference(model.double().eval()(x), torch.tensor(record["logits"], dtype=torch.float64)) < NETWORK
