@@ -15,13 +15,13 @@ from typing import Any
 
 from command_line import parse_command_line
 from models.config import ConfigError
-from models.threads import wait_briefly
+from startup import before_torch
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run with the options of `argv` (None: the command line); returns the exit code."""
     # must come before torch is loaded, and reading the options of methods loads it
-    wait_briefly()
+    before_torch()
     try:
         args, given = parse_command_line(argv)
         check_paths(args)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 # import from the project, not from this folder, whose file names would hide other modules
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from models.threads import wait_briefly
+from startup import before_torch
 
-wait_briefly()
+before_torch()
 
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults

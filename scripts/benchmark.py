@@ -11,17 +11,14 @@ next. --csv and --png write the numbers to files. --layers measures every backen
 
 import argparse
 import multiprocessing
-import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.threads import wait_briefly
+from startup import before_torch
 
-wait_briefly()
-# keep the profiler from printing a line at every start and stop
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+before_torch()
 
 import torch
 

@@ -7,16 +7,13 @@ Writes OUTPUT.csv and OUTPUT.png. Every point is a separate measurement, which i
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.threads import wait_briefly
+from startup import before_torch
 
-wait_briefly()
-# keep the profiler from printing a line at every start and stop
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+before_torch()
 
 import torch
 

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.threads import wait_briefly
+from startup import before_torch
 
-wait_briefly()
+before_torch()
 
 import numpy as np
 import torch

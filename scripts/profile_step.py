@@ -9,7 +9,6 @@ synchronised around every layer, which makes the sum larger than the time of a n
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -18,11 +17,9 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.threads import wait_briefly
+from startup import before_torch
 
-wait_briefly()
-# keep the profiler from printing a line at every start and stop
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+before_torch()
 
 import torch
 from timm.utils import ModelEmaV3

@@ -2,9 +2,9 @@
 
 import os
 
-from models.threads import wait_briefly
+from startup import before_torch
 
-wait_briefly()
+before_torch()
 # of several processes each has a thread, and so have those that it starts
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 if THREADS == 1:
