@@ -1,8 +1,11 @@
-"""What tests of single layers share: random values, gradients, and kernels assembled naively."""
+"""What tests of single layers share: random values, gradients, naive kernels, and what all layers promise."""
 
+import copy
 import math
 
+import pytest
 import torch
+from tolerance import assert_same
 from torch import nn
 
 
@@ -34,6 +37,22 @@ def kernel_of_cells(mixtures, shape):
                 where = (slice(o, o + c_out), slice(i, i + c_in), *position.tolist())
                 kernel[where] = next(cells).reshape(c_out, c_in)
     return kernel
+
+
+def assert_samples_are_independent(layer, x):
+    """In evaluation a sample's output is the same alone and beside others."""
+    together = layer.eval()(x)
+    for i in range(len(x)):
+        assert_same(layer(x[i : i + 1])[0], together[i])
+
+
+def assert_single_sample_is_evaluated(layer, x):
+    """In train mode the running statistics take the place of those of a single sample, and are left unchanged."""
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.warns(UserWarning, match="a batch of one sample in train mode"):
+        y = layer.train()(x[:1])
+    assert_same(y, layer.eval()(x[:1]))
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
 def counting_backend(graphs):

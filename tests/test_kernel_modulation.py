@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from layer_checks import gradients, randomize
+from layer_checks import assert_samples_are_independent, assert_single_sample_is_evaluated, gradients, randomize
 from tolerance import RELATIVE, assert_same, difference
 from torch import nn
 
@@ -218,21 +218,13 @@ def test_whole_layer_in_another_type(name, dtype):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_samples_are_independent_in_eval_mode(name):
-    layer, x = make_layer(name)
-    together = layer.eval()(x)
-    for i in range(len(x)):
-        assert_same(layer(x[i : i + 1])[0], together[i])
+    assert_samples_are_independent(*make_layer(name))
 
 
 @pytest.mark.parametrize("name", [name for name in NORMED if name.startswith("cgc")] + ["dcd-linear-2d"])
 def test_single_sample_in_train_mode(name):
     """The running statistics stand in for those of a single sample, and stay."""
-    layer, x = make_layer(name)
-    before = copy.deepcopy(layer.state_dict())
-    with pytest.warns(UserWarning, match="a batch of one sample in train mode"):
-        y = layer.train()(x[:1])
-    assert_same(y, layer.eval()(x[:1]))
-    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    assert_single_sample_is_evaluated(*make_layer(name))
 
 
 @pytest.mark.parametrize("name", ["dcd-conv2d", "dcd-stride", "weightnet-conv2d", "we-conv2d"])

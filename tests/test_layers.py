@@ -1,11 +1,15 @@
 """The layers, against the paper's equations written out, and in every surrounding that they live in."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_checks import gradients, kernel_of_cells, randomize
+from layer_checks import (
+    assert_samples_are_independent,
+    assert_single_sample_is_evaluated,
+    gradients,
+    kernel_of_cells,
+    randomize,
+)
 from tolerance import RELATIVE, assert_same, difference
 from torch import nn
 
@@ -118,21 +122,12 @@ def test_float32_and_autocast(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_samples_are_independent_in_eval_mode(name):
-    layer, x = make_layer(name)
-    layer.eval()
-    together = layer(x)
-    for i in range(len(x)):
-        assert_same(layer(x[i : i + 1])[0], together[i])
+    assert_samples_are_independent(*make_layer(name))
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_single_sample_in_train_mode(name):
-    layer, x = make_layer(name)
-    before = copy.deepcopy(layer.state_dict())
-    with pytest.warns(UserWarning, match="a batch of one sample in train mode"):
-        y = layer.train()(x[:1])
-    assert_same(y, layer.eval()(x[:1]))
-    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    assert_single_sample_is_evaluated(*make_layer(name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
