@@ -264,12 +264,14 @@ def average_precision(result):
     return [float(re.findall(rf"coco/{kind}_mAP_50: (-?[\d.]+)", text)[-1]) for kind in ("bbox", "segm")]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_learns_to_detect(tmp_path):
     """A shorter run of the small data set's config; the whole one reaches more (see detection/README.md)."""
     data = made(tmp_path / "mini", 300, 60)
     more = {"train_cfg.max_epochs": 6, "train_cfg.val_interval": 6, "param_scheduler.1.T_max": 6}
     result = run(
-        "detection/train.py", CONFIG, "--work-dir", tmp_path / "run", *options(data, **more), timeout=500,
+        "detection/train.py", CONFIG, "--work-dir", tmp_path / "run", *options(data, **more), timeout=900,
         env={"OMP_NUM_THREADS": "2"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
