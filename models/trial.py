@@ -21,8 +21,8 @@ SIZES = (224, 64, 32)
 def weights_read(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Those of the layers whose weight is read by another module, as by `F.linear(x, self.proj.weight)`.
 
-    A dynamic layer has no weight that could be read so: its network would fail, or pass the layer by. Where no input
-    is found that the network takes, the answer is the empty list.
+    A dynamic layer has no such weight, so that the network would fail, or compute without the layer. The list is empty
+    where no input is found that the network accepts.
     """
     mode, read = FakeTensorMode(allow_non_fake_inputs=True), set()
     try:
@@ -39,13 +39,12 @@ def weights_read(model: nn.Module, names: Sequence[str]) -> list[str]:
     with mode, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for shape in _inputs(model):
-            before = set(read)
+            before = frozenset(read)
             try:
                 trial(torch.empty(shape, dtype=like.dtype, device=like.device))
             except Exception:
                 # the network takes another size or several inputs; it may raise anything
-                read.clear()
-                read |= before
+                read &= before
                 continue
             if len(shape) > 3:
                 # one image is enough; a linear stem may take both vectors and tokens
@@ -57,6 +56,8 @@ def _watched(kind: type[nn.Module], name: str, read: set[str]) -> type[nn.Module
     """A subclass of a layer's type that adds `name` to `read` when its weight is read outside of its own forward."""
 
     class Watched(kind):
+        """A layer that tells a use of its own weight from one by another module."""
+
         def forward(self, *args, **kwargs):
             self.__dict__["is_running"] = True
             try:

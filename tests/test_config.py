@@ -273,6 +273,12 @@ def test_bad_command_line_is_refused_in_one_line(words, part):
     assert part in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_config_needs_no_torch():
+    """Reading this module does not take the seconds that loading torch takes."""
+    code = "import sys; from models.config import read_config; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
 def test_options_need_no_timm():
     """A mistake is refused before timm and torchvision are loaded, which takes longer than torch."""
     code = "import sys, models.options as o; o.all_options(); print({'timm', 'torchvision'} & set(sys.modules))"

@@ -16,9 +16,9 @@ GAIN = '''"""A gain for every output channel, from the input."""
 import torch
 from torch import nn
 
-from ..ops import with_bias
+from ..ops import conv, with_bias
 from ..options import Option
-from .layer import Conv1d, Conv2d, Linear, conv, global_pool, reset_linear, scaled
+from .layer import Conv1d, Conv2d, Linear, global_pool, reset_linear, scaled
 from .method import Method, Setting, layer_classes
 
 

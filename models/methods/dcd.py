@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..anatomy import block_of, family_name, heads_of, main_layers, without_short_cuts
+from ..ops import conv
 from .layer import (
     Conv1d,
     Conv2d,
     Conv3d,
     Linear,
     MapNorm,
-    conv,
     global_pool,
     hidden_width,
     pool_to,

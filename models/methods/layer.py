@@ -78,23 +78,6 @@ def pool_to(x: Tensor, size: int | Sequence[int]) -> Tensor:
     return operator(x, size)
 
 
-def conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Tensor:
-    """Convolve x [B, C, *S] with one kernel [O, I, *k], in as many dimensions as S has.
-
-    The arguments are those of `torch.nn.functional.conv2d`.
-    """
-    operator = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[x.ndim - 2]
-    return operator(x, weight, bias, stride, padding, dilation, groups)
-
-
 def scaled(x: Tensor, factors: Tensor) -> Tensor:
     """x [B, C, *S] times one factor per sample and channel; `factors` holds these B * C numbers in any shape."""
     return x * factors.reshape(*x.shape[:2], *[1] * (x.ndim - 2))

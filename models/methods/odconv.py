@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..anatomy import main_layers, without_short_cuts
-from ..ops import mixture_conv, sample_conv, with_bias
+from ..ops import conv, mixture_conv, sample_conv, with_bias
 from ..options import Option
 from .attention_functions import KERNEL_FUNCTIONS, Annealed, caf, last_temperature
 from .layer import (
@@ -22,7 +22,6 @@ from .layer import (
     Conv3d,
     Linear,
     check_choice,
-    conv,
     global_pool,
     hidden_width,
     reset_linear,

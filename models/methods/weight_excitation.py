@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import conv
 from ..options import Option
-from .layer import Conv1d, Conv2d, Conv3d, Linear, check_choice, conv, hidden_width, reset_linear
+from .layer import Conv1d, Conv2d, Conv3d, Linear, check_choice, hidden_width, reset_linear
 from .method import Method, Setting, layer_classes
 from .settings import REDUCTION
 

@@ -2,6 +2,6 @@
 
 from .mixture_conv import mixture_conv
 from .naive import mixture_conv_naive
-from .sample_conv import sample_conv, with_bias
+from .sample_conv import conv, sample_conv, with_bias
 
-__all__ = ["mixture_conv", "mixture_conv_naive", "sample_conv", "with_bias"]
+__all__ = ["conv", "mixture_conv", "mixture_conv_naive", "sample_conv", "with_bias"]

@@ -46,6 +46,23 @@ def sample_conv(
     return with_bias((kernels.flatten(2) @ patches).unflatten(2, out), bias)
 
 
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolve x [B, C, *S] with one kernel [O, I, *k], in as many dimensions as S has.
+
+    The arguments are those of `torch.nn.functional.conv2d`.
+    """
+    operator = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[x.ndim - 2]
+    return operator(x, weight, bias, stride, padding, dilation, groups)
+
+
 def grouped_sample_conv(
     x: Tensor,
     kernels: Tensor,
@@ -56,8 +73,7 @@ def grouped_sample_conv(
     groups: int,
 ) -> Tensor:
     """`sample_conv` as one grouped convolution over the batch."""
-    (batch, c_in), dims = x.shape[:2], x.ndim - 2
-    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
+    batch, c_in = x.shape[:2]
     if batch == 0:
         # A convolution needs at least one group.  With one kernel of zeros, the output gets its shape and autograd its
         # (empty) gradients.

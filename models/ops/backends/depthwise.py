@@ -115,5 +115,5 @@ def backward(
     kernels = _kernels("kernels", geo, source)
     _run("backward", geo, source, last, dy, source, rows, cells, kernels, dkernels, dx, sums, dcells)
     if needs[1]:
-        dalpha = full_alpha(sums[0].unsqueeze(3).clone(), geo)
+        dalpha = full_alpha(sums[0].clone(), geo)
     return dx, dalpha, dcells
