@@ -7,35 +7,106 @@ import fnmatch
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 from torch import nn
 
 CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # families of timm's networks of which the papers' authors released dynamic versions
 FAMILIES = ("ResNet", "MobileNetV2", "ConvNeXt", "VisionTransformer")
 
 
 def family_name(model: nn.Module) -> str:
-    """The family of a timm model: one of `FAMILIES`, or "other"."""
-    name = type(model).__name__
-    if name == "EfficientNet" and hasattr(model, "conv_head") and not _has_squeeze(model):
-        name = "MobileNetV2"
-    return name if name in FAMILIES else "other"
+    """The family of a model, by the layers of its blocks: one of `FAMILIES`, or "other"."""
+    kinds = (_is_resnet, _is_mobilenetv2, _is_convnext, _is_vision_transformer)
+    return next((family for family, matches in zip(FAMILIES, kinds, strict=True) if matches(model)), "other")
 
 
-def _has_squeeze(model: nn.Module) -> bool:
-    return any("SqueezeExcite" in type(module).__name__ for module in model.modules())
+def _is_resnet(model: nn.Module) -> bool:
+    stages = [_children(model, f"layer{i}") for i in range(1, 5)]
+    return all(
+        blocks and all(_has_layers(b, "conv1", "conv2", *["conv3"] * hasattr(b, "conv3")) for b in blocks)
+        for blocks in stages
+    ) and all(hasattr(block, "downsample") for blocks in stages for block in blocks)
+
+
+def _is_mobilenetv2(model: nn.Module) -> bool:
+    blocks = [block for stage in _children(model, "blocks") for block in stage.children()]
+    return (
+        bool(blocks)
+        and _has_layers(model, "conv_stem", "conv_head")
+        and all(_has_layers(block, "conv_dw", "conv_pw") for block in blocks)
+        and not any("SqueezeExcite" in type(module).__name__ for module in model.modules())
+    )
+
+
+def _is_convnext(model: nn.Module) -> bool:
+    stages = _children(model, "stages")
+    blocks = [block for stage in stages for block in _children(stage, "blocks")]
+    return (
+        bool(blocks)
+        and _has_layers(model, "stem.0")
+        and all(_has_layers(stage, "downsample.1") for stage in stages[1:])
+        and all(_has_layers(block, "conv_dw", "mlp.fc1", "mlp.fc2") for block in blocks)
+    )
+
+
+def _is_vision_transformer(model: nn.Module) -> bool:
+    blocks = _children(model, "blocks")
+    return bool(blocks) and all(
+        _is_timms(getattr(block, "attn", None), "Attention") and _has_layers(block, "mlp.fc1", "mlp.fc2")
+        for block in blocks
+    )
+
+
+def _children(module: nn.Module, name: str) -> list[nn.Module]:
+    child = getattr(module, name, None)
+    return list(child.children()) if isinstance(child, nn.Module) else []
+
+
+def _has_layers(module: nn.Module, *names: str) -> bool:
+    """Whether a module has convolutions or linear layers, static or dynamic, of these names."""
+    layers = dict(module.named_modules())
+    return all(name in layers and (kind_of(layers[name]) in CONVERTIBLE or is_dynamic(layers[name])) for name in names)
 
 
 # names of blocks in timm's networks: ResNet, MobileNetV2, ConvNeXt and MetaFormer, ViT
 _BLOCK = re.compile(r"(layer\d+\.\d+|blocks\.\d+\.\d+|stages\.\d+\.blocks\.\d+|blocks\.\d+)\.")
 
 
-def block_of(layer: str) -> str | None:
-    """The name of the block that contains a layer, given the layer's name; None where no block does."""
-    match = _BLOCK.match(layer)
-    return match[1] if match else None
+def blocks_of(model: nn.Module) -> dict[str, str]:
+    """Name of a layer -> name of the block that contains it; layers outside of blocks are left out.
+
+    A block has one of the names that timm's best known networks give them, or is found by structure: it is an instance
+    of a class of which a container holds several, has two layers or more, and has no other block in it.
+    """
+    layers, modules = layers_of(model), dict(model.named_modules())
+    sizes = Counter(above for name in layers for above in _above(name))
+    kinds = {type(modules[name]) for name, size in sizes.items() if size > 1 and _repeats(modules, name)}
+    found = {name for name, size in sizes.items() if size > 1 and type(modules[name]) in kinds}
+    found -= {above for name in found for above in _above(name)}
+    blocks = {}
+    for name in layers:
+        known = _BLOCK.match(name)
+        inside = [known[1]] if known else [above for above in _above(name) if above in found]
+        if inside:
+            blocks[name] = inside[0]
+    return blocks
+
+
+def _repeats(modules: dict[str, nn.Module], name: str) -> bool:
+    """Whether a module that is no container itself stands in a container, or beside another of its class."""
+    module, parent = modules[name], modules[name.rpartition(".")[0]]
+    alone = not any(type(other) is type(module) for other in parent.children() if other is not module)
+    return type(module) not in CONTAINERS and (isinstance(parent, CONTAINERS) or not alone)
+
+
+def _above(name: str) -> list[str]:
+    """The names of the modules that contain a module, without the root."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -62,11 +133,25 @@ def replaceable(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:
-    """The type of a layer. timm's linear layer counts as PyTorch's: they differ only by a cast under torch.jit."""
-    return nn.Linear if _is_timms(module, "Linear") else type(module)
+    """The type of a layer: PyTorch's own for a subclass that computes the same, and the subclass for any other.
+
+    timm's linear layer counts as PyTorch's: they differ only by a cast under torch.jit.
+    """
+    kind = next((kind for kind in CONVERTIBLE if isinstance(module, kind)), None)
+    return kind if kind and (_is_timms(module, "Linear") or _computes_as(module, kind)) else type(module)
 
 
-def _is_timms(module: nn.Module, name: str) -> bool:
+def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    own = type(module)
+    same = all(getattr(own, name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward"))
+    # other parameters, buffers and modules are parts of a parametrisation such as weight norm
+    plain = module._parameters.keys() <= {"weight", "bias"} and not module._buffers and not module._modules
+    # the weight of this one is read by nn.MultiheadAttention; a lazy layer has no weight yet
+    others = (nn.modules.linear.NonDynamicallyQuantizableLinear, nn.modules.lazy.LazyModuleMixin)
+    return same and plain and not isinstance(module, others)
+
+
+def _is_timms(module: nn.Module | None, name: str) -> bool:
     """Whether a module is timm's layer of that name, without importing timm: `main.py --help` need not wait for it."""
     kind = type(module)
     return kind.__name__ == name and kind.__module__.startswith("timm.layers.")
@@ -107,9 +192,10 @@ def heads_of(model: nn.Module, names: Collection[str]) -> list[str]:
     return [found[-1] for found in inner if found]
 
 
-def without_short_cuts(names: Iterable[str]) -> list[str]:
+def without_short_cuts(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The given names of layers without those of the convolutions in the short cuts of blocks."""
-    return [name for name in names if not (block_of(name) and "downsample" in name.split("."))]
+    blocks = blocks_of(model)
+    return [name for name in names if not (name in blocks and "downsample" in name.split("."))]
 
 
 def residual_units(names: Iterable[str]) -> list[list[str]]:
@@ -167,9 +253,10 @@ def select(model: nn.Module, words: Iterable[str]) -> list[str]:
         elif word in ("1x1", "3x3"):
             found = [name for name in every if (taps[name] == 1) == (word == "1x1")]
         elif match := re.fullmatch(r"last_(\d+)_blocks", word):
-            blocks = list(dict.fromkeys(block for name in every if (block := block_of(name))))
+            block_of = blocks_of(model)
+            blocks = list(dict.fromkeys(block_of[name] for name in every if name in block_of))
             kept = blocks[-int(match[1]) :] if int(match[1]) else []
-            found = [name for name in every if block_of(name) in kept]
+            found = [name for name in every if block_of.get(name) in kept]
         else:
             found = fnmatch.filter(list(layers_of(model)), word)
         if not found:

@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from .anatomy import family_name
+from .anatomy import is_dynamic, layers_of
 from .methods import method_named
 from .methods.method import Method
 from .replacement import put, refuse_others
-from .trial import weights_read
 
 
 def convert(
@@ -26,7 +25,8 @@ def convert(
     A layer whose weight is read by another module of the network is left static, with a warning.
 
     Args:
-        model: any model; its attribute `conversion` then maps every replaced layer to its warehouse or method.
+        model: any model; its attribute `conversion` then maps every replaced layer to its warehouse or method, and
+            every other convolution and linear layer to "static: " and the reason.
         method: name of the method.
         layers: one or several words of `anatomy.select` ("all", "1x1", "3x3", "last_N_blocks", "classifier", glob
             patterns of names); None: the method's own choice.
@@ -43,33 +43,32 @@ def convert(
     """
     job = method_named(method)(model, layers=layers, keep_weights=keep_weights, **settings)
     with job.prepared():
-        names = _without_read(job, job.choose())
+        names = _without_unfit(job, job.choose())
         modules = dict(model.named_modules(remove_duplicate=False))
         refuse_others([modules[name] for name in names], names, job.layers, job.name)
         put(model, job.make(names), keep_weights)
     others = job.finish(names)
     model.conversion = {**getattr(model, "conversion", {}), **{name: job.label(name) for name in [*names, *others]}}
+    for name, module in layers_of(model).items():
+        if not is_dynamic(module) and name not in others:
+            model.conversion.setdefault(name, f"static: {job.static.get(name, 'not chosen')}")
     return model
 
 
-def _without_read(job: Method, names: list[str]) -> list[str]:
-    """The chosen layers without those whose weight another module reads.
+def _without_unfit(job: Method, names: list[str]) -> list[str]:
+    """The chosen layers without those that the method cannot replace in this network.
 
     Raises:
         ValueError: such a layer was chosen by its full name, or there is no other.
     """
-    # the known families do not do that, and a trial run takes a tenth of a second and more
-    read = weights_read(job.model, names) if family_name(job.model) == "other" else []
-    if not read:
-        return names
-    for name in read:
+    unfit = job.unfit(names)
+    for name, reason in unfit.items():
         if name in job.named():
-            raise ValueError(
-                f"{job.name}: layer '{name}' cannot be replaced, since another module of the network reads its weight; "
-                "leave it out"
-            )
-    warnings.warn(
-        f"{job.name}: left static, since other modules of the network read their weights: {', '.join(read)}",
-        stacklevel=3,
-    )
-    return job.leave_static(names, read)
+            raise ValueError(f"{job.name}: layer '{name}' cannot be replaced, since {reason}; leave it out")
+    if not unfit:
+        return names
+    for reason in dict.fromkeys(unfit.values()):
+        those = [name for name, own in unfit.items() if own == reason]
+        warnings.warn(f"{job.name}: left static, since {reason}: {', '.join(those)}", stacklevel=3)
+    job.static.update(unfit)
+    return job.leave_static(names, list(unfit))

@@ -49,7 +49,7 @@ def replacement(
         return classes[nn.Linear](module.in_features, module.out_features, module.bias is not None, **kwargs)
     if module.padding_mode != "zeros":
         raise ValueError(f"padding_mode '{module.padding_mode}' is not supported, use zeros")
-    return classes[type(module)](
+    return classes[kind_of(module)](
         module.in_channels,
         module.out_channels,
         module.kernel_size,

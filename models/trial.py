@@ -5,11 +5,13 @@ It runs on a copy whose tensors have shapes only, so that it takes no memory and
 
 import copy
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .anatomy import layers_of, stem_of
@@ -18,42 +20,58 @@ from .anatomy import layers_of, stem_of
 SIZES = (224, 64, 32)
 
 
-def weights_read(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Those of the layers whose weight is read by another module, as by `F.linear(x, self.proj.weight)`.
+@dataclass
+class Trial:
+    """What a pass in evaluation mode has shown of the layers of a network.
 
-    A dynamic layer has no such weight, so that the network would fail, or compute without the layer. The list is empty
-    where no input is found that the network accepts.
+    All are empty where no input is found that the network accepts.
+
+    Args:
+        shape: of the input that the network accepted, with its batch.
+        order: names of the layers, once for every time that one ran.
+        positions: name -> positions of the layer's output in one sample, of the last time that it ran.
+        read: names of the layers whose weight another module read, as by `F.linear(x, self.proj.weight)`. A dynamic
+            layer has no such weight: the network would fail, or compute without the layer.
     """
-    mode, read = FakeTensorMode(allow_non_fake_inputs=True), set()
+
+    shape: tuple[int, ...] = ()
+    order: list[str] = field(default_factory=list)
+    positions: dict[str, int] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
+
+
+def try_out(model: nn.Module, names: Sequence[str]) -> Trial:
+    """Run a network on an input without numbers, and record what becomes of the layers of these names."""
+    mode, runs, result = FakeTensorMode(allow_non_fake_inputs=True), [], Trial()
     try:
         # tensors of the copy that are named here are not copied
         tensors = itertools.chain(model.parameters(), model.buffers())
         trial = copy.deepcopy(model, {id(tensor): mode.from_tensor(tensor) for tensor in tensors}).eval()
     except Exception:
         # a network that cannot be copied cannot be tried
-        return []
+        return result
     modules = dict(trial.named_modules(remove_duplicate=False))
     for name in names:
-        modules[name].__class__ = _watched(type(modules[name]), name, read)
+        modules[name].__class__ = _watched(type(modules[name]), name, runs)
     like = next(model.parameters())
     with mode, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for shape in _inputs(model):
-            before = frozenset(read)
+            runs.append(Trial(shape))
             try:
                 trial(torch.empty(shape, dtype=like.dtype, device=like.device))
             except Exception:
                 # the network takes another size or several inputs; it may raise anything
-                read &= before
                 continue
+            result = Trial(shape, runs[-1].order, runs[-1].positions, result.read | runs[-1].read)
             if len(shape) > 3:
                 # one image is enough; a linear stem may take both vectors and tokens
                 break
-    return [name for name in names if name in read]
+    return result
 
 
-def _watched(kind: type[nn.Module], name: str, read: set[str]) -> type[nn.Module]:
-    """A subclass of a layer's type that adds `name` to `read` when its weight is read outside of its own forward."""
+def _watched(kind: type[nn.Module], name: str, runs: list[Trial]) -> type[nn.Module]:
+    """A subclass of a layer's type that tells the last of the runs what becomes of the layer."""
 
     class Watched(kind):
         """A layer that tells a use of its own weight from one by another module."""
@@ -61,16 +79,23 @@ def _watched(kind: type[nn.Module], name: str, read: set[str]) -> type[nn.Module
         def forward(self, *args, **kwargs):
             self.__dict__["is_running"] = True
             try:
-                return super().forward(*args, **kwargs)
+                y = super().forward(*args, **kwargs)
             finally:
                 self.__dict__["is_running"] = False
+            runs[-1].order.append(name)
+            runs[-1].positions[name] = _positions(self, y)
+            return y
 
         def __getattr__(self, attribute):
             if attribute == "weight" and not self.__dict__.get("is_running"):
-                read.add(name)
+                runs[-1].read.add(name)
             return super().__getattr__(attribute)
 
     return Watched
+
+
+def _positions(layer: nn.Module, y: Tensor) -> int:
+    return math.prod(y.shape[1:-1] if isinstance(layer, nn.Linear) else y.shape[2:])
 
 
 def _inputs(model: nn.Module) -> Iterator[tuple[int, ...]]:

@@ -24,12 +24,13 @@ def last_temperature(function: str, **kwargs: Any) -> Tensor:
     return torch.tensor(TEMPERATURES[function][1], **kwargs)
 
 
-def total(z: Tensor, dim: int) -> Tensor:
-    """The sum of |z| along a dimension, which is kept: KernelWarehouse divides logits by it (equation 4).
+# as in the released code, it keeps the division of `total` finite
+EPSILON = 1e-3
 
-    As in the released code, 1e-3 is added to keep the division finite.
-    """
-    return z.abs().sum(dim=dim, keepdim=True) + 1e-3
+
+def total(z: Tensor, dim: int) -> Tensor:
+    """The sum of |z| along a dimension, which is kept, and `EPSILON`: KernelWarehouse divides logits by it (eq. 4)."""
+    return z.abs().sum(dim=dim, keepdim=True) + EPSILON
 
 
 def caf(z: Tensor, temperature: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Conditionally parameterized convolution (CondConv; Yang et al., NeurIPS 2019): K kernels, weighted by a routing."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import block_of, heads_of, main_layers, select, without_short_cuts
+from ..anatomy import blocks_of, heads_of, main_layers, select, without_short_cuts
 from ..ops import mixture_conv
 from .layer import Conv1d, Conv2d, Conv3d, Linear
 from .method import Method, Setting, layer_classes
@@ -98,8 +99,8 @@ class CondLinear(_CondLayer, Linear):
 class CondConvMethod(Method):
     """CondConv replaces the last 3 blocks and the classifier (ODConv, section 3.1).
 
-    In timm's class EfficientNet, to which MobileNetV2 belongs, they are the last 6 blocks. The down-sampling
-    convolutions of blocks stay static.
+    In timm's class EfficientNet, to which MobileNetV2 belongs, they are the last 6 blocks; in a network without blocks
+    it is the last third of its layers. The down-sampling convolutions of blocks stay static.
     """
 
     name = "condconv"
@@ -109,12 +110,14 @@ class CondConvMethod(Method):
     def default_layers(self) -> list[str]:
         blocks = 6 if type(self.model).__name__ == "EfficientNet" else 3
         names = main_layers(self.model)
-        if not any(block_of(name) for name in names):
-            raise ValueError("condconv: no known kind of block in this model; name the layers to replace with `layers`")
-        chosen = {*select(self.model, [f"last_{blocks}_blocks"]), *heads_of(self.model, names)}
-        return without_short_cuts([name for name, _ in self.model.named_modules() if name in chosen])
+        if blocks_of(self.model).keys() & set(names):
+            last = select(self.model, [f"last_{blocks}_blocks"])
+        else:
+            last = names[-math.ceil(len(names) / 3) :]
+        chosen = {*last, *heads_of(self.model, names)}
+        return without_short_cuts(self.model, [name for name, _ in self.model.named_modules() if name in chosen])
 
     def arguments(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Let the layers of a block share a routing, which the first of them computes from the block's input."""
-        relays = block_relays(names)
+        relays = block_relays(self.model, self.in_order(names))
         return {name: {**self.given, "relay": relays[name], "layer": name} for name in names}

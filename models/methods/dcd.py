@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..anatomy import block_of, family_name, heads_of, main_layers, without_short_cuts
+from ..anatomy import blocks_of, family_name, heads_of, main_layers, without_short_cuts
 from ..ops import conv
 from .layer import (
     Conv1d,
@@ -198,9 +198,11 @@ class DCDMethod(Method):
     settings = {"reduction": Setting(None, REDUCTION)}
 
     def default_layers(self) -> list[str]:
-        names, modules = without_short_cuts(main_layers(self.model)), dict(self.model.named_modules())
+        modules = dict(self.model.named_modules())
+        names = without_short_cuts(self.model, main_layers(self.model))
         if family_name(self.model) == "MobileNetV2":
-            names = [name for name in names if hasattr(modules.get(block_of(name)), "conv_pwl")]
+            blocks = blocks_of(self.model)
+            names = [name for name in names if hasattr(modules.get(blocks.get(name)), "conv_pwl")]
         chosen = {name for name in names if getattr(modules[name], "groups", 1) == 1}
         chosen |= set(heads_of(self.model, main_layers(self.model)))
         return [name for name in modules if name in chosen]
@@ -208,13 +210,13 @@ class DCDMethod(Method):
     def arguments(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The sizes of the released networks: pooling and rank by the kind of block; a classifier has rank 32."""
         modules, family = dict(self.model.named_modules()), family_name(self.model)
-        reduction, result = self.given["reduction"], {}
+        reduction, result, blocks = self.given["reduction"], {}, blocks_of(self.model)
         if reduction is None:
             narrow = family == "MobileNetV2" and self.model.conv_stem.out_channels < 24
             reduction = 1 / 8 if narrow else 1 / 16
         heads = heads_of(self.model, main_layers(self.model))
         for name in names:
-            layer, block, own = modules[name], modules.get(block_of(name)), {}
+            layer, block, own = modules[name], modules.get(blocks.get(name)), {}
             if name in heads:
                 own = {"rank": 32, "hidden": 32}
             elif family == "MobileNetV2":

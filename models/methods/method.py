@@ -1,14 +1,16 @@
 """The interface of a method to the rest of the project: a name, layers, settings, and the steps of a conversion."""
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..anatomy import main_layers, select
+from ..anatomy import family_name, is_dynamic, layers_of, main_layers, select
 from ..options import Option
 from ..replacement import replacement
+from ..trial import Trial, try_out
 
 _TYPES = {"Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d, "Linear": nn.Linear}
 
@@ -55,6 +57,9 @@ class Method:
         keep_weights: whether the layers start from the static weights.
         given: settings of the method.
 
+    Attributes of an instance:
+        static: name of a layer that the method leaves static -> why.
+
     Raises:
         ValueError: a setting is unknown.
     """
@@ -80,6 +85,7 @@ class Method:
             known = ", ".join(["layers", *self.settings])
             raise ValueError(f"{self.name} has no setting '{unknown[0]}'; it takes {known}")
         self.given = {name: self._value(name, given.get(name)) for name in self.settings}
+        self.static: dict[str, str] = {}
 
     def _value(self, name: str, value: Any) -> Any:
         """The value of a setting: its default for None, and the only item where a config gives a list of one."""
@@ -93,6 +99,29 @@ class Method:
                 raise ValueError(f"{self.name}: {name} has {len(value)} values; only warehouses take one value each")
             return value[0]
         return value
+
+    @functools.cached_property
+    def trial(self) -> Trial:
+        """What a pass shows of the static layers."""
+        layers = layers_of(self.model).items()
+        return try_out(self.model, [name for name, module in layers if not is_dynamic(module)])
+
+    @functools.cached_property
+    def is_known(self) -> bool:
+        """Whether the model is of a family that needs no trial, which takes a second and more."""
+        return family_name(self.model) != "other"
+
+    def in_order(self, names: Sequence[str]) -> list[str]:
+        """The names in the order in which the layers first run; those that did not run in the trial come last."""
+        if self.is_known:
+            return list(names)
+        order = dict.fromkeys(name for name in self.trial.order if name in set(names))
+        return [*order, *(name for name in names if name not in order)]
+
+    def unfit(self, names: Sequence[str]) -> dict[str, str]:
+        """Those of the chosen layers that the method cannot replace in this network -> why."""
+        read = () if self.is_known else self.trial.read
+        return {name: "another module of the network reads its weight" for name in names if name in read}
 
     def prepared(self) -> contextlib.AbstractContextManager[None]:
         """A context that changes the model as the layers need it, and undoes the changes if its body fails."""

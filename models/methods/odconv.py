@@ -381,4 +381,4 @@ class ODConvMethod(Method):
     }
 
     def default_layers(self) -> list[str]:
-        return without_short_cuts(main_layers(self.model))
+        return without_short_cuts(self.model, main_layers(self.model))

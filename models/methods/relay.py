@@ -4,9 +4,9 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..anatomy import block_of
+from ..anatomy import blocks_of
 from .layer import global_pool
 
 
@@ -74,11 +74,14 @@ class Relay(threading.local):
         return Relay, (self.layers,)
 
 
-def block_relays(names: Iterable[str]) -> dict[str, Relay]:
-    """Name of a layer -> the relay that the layers of its block share; a layer outside of blocks has its own."""
-    groups = {}
+def block_relays(model: nn.Module, names: Iterable[str]) -> dict[str, Relay]:
+    """Name of a layer -> the relay that the layers of its block share; a layer outside of blocks has its own.
+
+    `names` are in the order in which the layers run.
+    """
+    groups, blocks = {}, blocks_of(model)
     for name in names:
-        groups.setdefault(block_of(name) or name, []).append(name)
+        groups.setdefault(blocks.get(name, name), []).append(name)
     return {name: relay for group in groups.values() for relay in [Relay(group)] for name in group}
 
 

@@ -126,7 +126,7 @@ class WeightNetMethod(Method):
 
     def arguments(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Let the layers of a block share a reduced input, which the first of them computes from the block's input."""
-        relays, modules, result = block_relays(names), dict(self.model.named_modules()), {}
+        relays, modules, result = block_relays(self.model, self.in_order(names)), dict(self.model.named_modules()), {}
         for name in names:
             leader = modules[relays[name].layers[0]]
             width = leader.in_features if isinstance(leader, nn.Linear) else leader.in_channels

@@ -1,5 +1,6 @@
 """Kernel Representation (KR): its settings, and how a network is converted. The layers are in `layer.py`."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,19 @@ class KRMethod(Method):
     }
 
     default_layers = ODConvMethod.default_layers
+
+    def choose(self) -> list[str]:
+        # the representation passes from layer to layer as they run
+        return self.in_order(super().choose())
+
+    def unfit(self, names: Sequence[str]) -> dict[str, str]:
+        runs = Counter() if self.is_known or not self.given["representation"] else Counter(self.trial.order)
+        often = {
+            name: f"it runs {runs[name]} times in a pass" if runs[name] else "it does not run in evaluation"
+            for name in names
+            if runs and runs[name] != 1
+        }
+        return {**often, **super().unfit(names)}
 
     def arguments(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Name -> keyword arguments of each layer: its part of its unit, and the relay.

@@ -5,17 +5,21 @@ share a warehouse. This file holds the settings and the steps of a conversion.
 """
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from ...anatomy import kernel_shape_of
+from ...anatomy import heads_of, is_dynamic, kernel_shape_of, kind_of, replaceable, stem_of
 from ...options import Option
 from ..method import Method, Setting, layer_classes
 from ..settings import ATTENTION_FUNCTION, ATTENTIONS_OPTION, REDUCTION
-from .layer import ATTENTION_FUNCTIONS, KWAttention, KWConv1d, KWConv2d, KWConv3d, KWLinear
+from .any_network import warehouses_of
+from .growth import DEFAULT_SHARE, attention_sizes, channels_of, is_within, refuse_growth
+from .layer import ATTENTION_FUNCTIONS, KWAttention, KWConv1d, KWConv2d, KWConv3d, KWLinear, attention_size
 from .plans import explicit, family, group, half_mobilenetv2, share
 from .query_key_value import split_projections
 from .warehouse import ATTENTION_INITS, Warehouse, Warehouses, warehouse_layers, warehouse_stages
@@ -46,6 +50,8 @@ WAREHOUSE_SETTINGS = {
     ),
     "spatial_partition": Setting(True, Option(bool, True, "divide kernels along space as well", nargs="+")),
 }
+# settings that belong to a plan: beside one of them the plan is followed whatever it costs
+PLANNING = ("sharing_range", "cell_inplane_ratio", "cell_outplane_ratio", "spatial_partition")
 # the settings above that a layer takes, not its warehouse
 ATTENTION_SETTINGS = ("reduction", "nonlocal_basis_ratio")
 # what an entry of `warehouses`, which is one warehouse, may hold
@@ -69,12 +75,21 @@ NETWORK_SETTINGS = {
     ),
     "attention_function": Setting("caf", replace(ATTENTION_FUNCTION, choices=ATTENTION_FUNCTIONS)),
     "attention_init": Setting(
-        "one-to-one",
-        Option(str, "one-to-one", "initial relation of cells and mixtures (Table 13)", choices=ATTENTION_INITS),
+        None,
+        Option(
+            str,
+            None,
+            "initial relation of cells and mixtures (Table 13), or static at every temperature; null: one-to-one, or "
+            "static with keep_weights",
+            choices=ATTENTION_INITS,
+        ),
     ),
     "attentions": Setting((), ATTENTIONS_OPTION),
     "cell_sharing": Setting(
         True, Option(bool, True, "mixtures share the cells of their warehouse; false: each has its own (Table 6)")
+    ),
+    "allow_growth": Setting(
+        False, Option(bool, False, "allow attentions with more parameters than the rest of the network")
     ),
 }
 
@@ -115,14 +130,23 @@ class KWMethod(Method):
             raise ValueError(f"{self.name} has no setting 'layers'; name them in `warehouses`")
         if hasattr(model, "warehouses"):
             raise ValueError("the model has warehouses already; convert a static model, once")
-        if self.keep_weights and self.given["attention_init"] != "one-to-one":
-            raise ValueError(f"keep_weights needs attention_init 'one-to-one', not '{self.given['attention_init']}'")
+        if self.given["attention_init"] is None:
+            # a network that starts from static weights is to compute the same at every temperature
+            is_static = self.keep_weights and self.given["attention_function"] == "caf"
+            self.given["attention_init"] = "static" if is_static else "one-to-one"
+        if self.keep_weights and self.given["attention_init"] not in ("one-to-one", "static"):
+            raise ValueError(f"keep_weights needs attention_init 'static', not '{self.given['attention_init']}'")
+        # a plan of the user's own is followed as it is
+        self.is_planned = plan is not None or any(
+            value is not None and (name in PLANNING or (isinstance(value, (list, tuple)) and len(value) > 1))
+            for name, value in given.items()
+        )
         own_plan, own_sharing, own_norm = family(model)
         self.norm = own_norm if norm is None else norm
         self.plan = own_plan if plan is None else plan
         if self.given["sharing_range"] is None:
             self.given["sharing_range"] = own_sharing
-        self.groups, self.per, self.made = {}, {}, {}
+        self.groups, self.ratios, self.per, self.made = {}, {}, {}, {}
 
     def _value(self, name: str, value: Any) -> Any:
         # a list gives each warehouse its value, and a sharing range may be a string, as in the released code
@@ -140,9 +164,8 @@ class KWMethod(Method):
         if entries:
             named = [pattern for entry in entries.values() for pattern in entry.get("layers", ())]
         else:
-            plan = self.plan(self.model) if callable(self.plan) else self.plan
-            self.groups = group(share(plan, self.given["sharing_range"]))
-            named = [layer for layer, _ in plan]
+            self._follow_plan()
+            named = [layer for layers in self.groups.values() for layer in layers]
         with split_projections(self.model) if any(".qkv." in name for name in named) else contextlib.nullcontext():
             if entries:
                 self.groups = explicit(self.model, entries)
@@ -159,13 +182,65 @@ class KWMethod(Method):
             if unknown:
                 raise ValueError(f"warehouse '{name}' has no setting '{unknown[0]}', choose from {', '.join(ENTRIES)}")
             self.per[name].update(own)
-        short = [name for name in names if self.keep_weights and self.per[name]["cell_num_ratio"] < 1]
-        if short:
-            raise ValueError(
-                f"warehouse '{short[0]}': keep_weights needs a cell for every mixture, a cell_num_ratio of at least 1, "
-                f"not {self.per[short[0]]['cell_num_ratio']}"
-            )
+        for name, ratios in self.ratios.items():
+            self.per[name].update(ratios)
+        if not self.given["allow_growth"] and self._are_replaceable(self.groups):
+            refuse_growth(*self._attention_sizes(self.per))
         return [layer for layers in self.groups.values() for layer in layers]
+
+    def _follow_plan(self) -> None:
+        """Find the layers of every warehouse: by the plan, or by the rule if there is none that suits the network."""
+        plan = self.plan(self.model) if callable(self.plan) else self.plan
+        self.groups = group(share(plan, self.given["sharing_range"]))
+        if self.is_planned:
+            return
+        if self.is_known:
+            # the parts of a projection, which is not split yet, cannot be measured; their sizes are those of others
+            measured = self._are_replaceable(self.groups)
+            per = per_warehouse(self.given, list(self.groups)) if measured else {}
+            if not measured or is_within(*self._attention_sizes(per), DEFAULT_SHARE):
+                return
+        modules, positions = dict(self.model.named_modules()), self._candidates()
+        one = per_warehouse(self.given, [""])[""]
+        attention = {"reduction": one["reduction"], "nonlocal_basis_ratio": one["nonlocal_basis_ratio"]}
+        found = warehouses_of(
+            {name: kernel_shape_of(modules[name]) for name in positions},
+            {name: channels_of(modules[name]) for name in positions},
+            positions,
+            one["cell_num_ratio"],
+            functools.partial(attention_size, norm=self.norm, **attention),
+        )
+        self.groups = {name: list(warehouse.kernels) for name, warehouse in found.items()}
+        self.ratios = {name: warehouse.ratios for name, warehouse in found.items()}
+        taken = {layer for layers in self.groups.values() for layer in layers}
+        self.static.update(dict.fromkeys(positions.keys() - taken, "attentions to its cells would outgrow its kernel"))
+
+    def _candidates(self) -> dict[str, int]:
+        """Layer -> positions of its output, for the layers that a warehouse may serve if no plan names them."""
+        layers, ran = replaceable(self.model), self.trial.positions
+        names = [name for name, module in layers.items() if not is_dynamic(module)]
+        read = {name: "another module of the network reads its weight" for name in self.trial.read if name in layers}
+        ends = {stem_of(self.model): "the first layer", **dict.fromkeys(heads_of(self.model, ()), "the classifier")}
+        self.static.update({names[-1]: "the last layer", **ends, **read})
+        names = [name for name in names if name not in self.static]
+        if not ran:
+            # no input is known: the layers of a stage have the same channels
+            modules = dict(self.model.named_modules())
+            return {name: max(kernel_shape_of(modules[name])[:2]) for name in names}
+        self.static.update({name: "it does not run in evaluation" for name in names if name not in ran})
+        if any(ran[name] > 1 for name in names if name in ran):
+            vectors = {name: "its output is a vector, not a map" for name in names if ran.get(name) == 1}
+            self.static.update(vectors)
+        return {name: ran[name] for name in names if name not in self.static}
+
+    def _are_replaceable(self, groups: Mapping[str, Sequence[str]]) -> bool:
+        """Whether all layers of the groups exist and are static ones that a warehouse can serve."""
+        modules = dict(self.model.named_modules())
+        return all(kind_of(modules.get(layer)) in self.layers for layers in groups.values() for layer in layers)
+
+    def _attention_sizes(self, per: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, int], int]:
+        common = {"norm": self.norm, "cell_sharing": self.given["cell_sharing"]}
+        return attention_sizes(self.model, self.groups, per, **common)
 
     def named(self) -> list[str]:
         return [pattern for entry in (self.given["warehouses"] or {}).values() for pattern in entry["layers"]]
@@ -205,6 +280,14 @@ class KWMethod(Method):
 
     def finish(self, names: Sequence[str]) -> list[str]:
         self.model.warehouses = Warehouses(self.made)
+        errors = {layer: error for warehouse in self.made.values() for layer, error in warehouse.errors.items()}
+        if errors:
+            worst = sorted(errors, key=errors.get, reverse=True)[:3]
+            warnings.warn(
+                f"{self.name}: fewer cells than mixtures keep {len(errors)} static kernels approximately; the largest "
+                f"relative errors have {', '.join(f'{layer} ({errors[layer]:.2f})' for layer in worst)}",
+                stacklevel=3,
+            )
         return []
 
     def label(self, name: str) -> str:

@@ -15,7 +15,7 @@ from ...ops import mixture_conv, with_bias
 from ..attention_functions import Annealed, total
 from ..layer import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, check_choice, global_pool, hidden_width, scaled
 from ..odconv import ODHeads
-from .warehouse import Warehouse
+from .warehouse import STATIC, Warehouse
 
 ATTENTION_FUNCTIONS = ("caf", "softmax", "sigmoid", "relu")
 
@@ -34,6 +34,7 @@ class KWAttention(nn.Module):
         norm: "batch" or "layer".
         attention_function: "caf" (z / sum |z|), or one of Table 8: "softmax", "sigmoid", "relu" (max(z, 0) / sum |z|).
         use_temperature: whether the temperature blends alpha with beta.
+        is_constant: start with the attention beta for every input and at every temperature (for "caf" alone).
         nonlocal_basis_ratio: below 1, the logits of other layers' cells are predicted from a smaller basis.
         cell_sharing: if false, a mixture has only its own cell and the zero cell (Table 6, "without sharing"; this
             needs b = 1).
@@ -52,6 +53,7 @@ class KWAttention(nn.Module):
         norm: str = "batch",
         attention_function: str = "caf",
         use_temperature: bool = True,
+        is_constant: bool = False,
         nonlocal_basis_ratio: float = 1.0,
         cell_sharing: bool = True,
         device: torch.device | str | None = None,
@@ -84,6 +86,24 @@ class KWAttention(nn.Module):
         self.register_buffer("beta", beta.to(**kwargs) if use_temperature else None, persistent=False)
         self.register_buffer("temperature", torch.zeros((), **kwargs), persistent=False)
         self.reset_parameters()
+        if is_constant:
+            if attention_function != "caf":
+                raise ValueError(f"attention_init 'static' is for attention_function 'caf', not '{attention_function}'")
+            self.hold(beta)
+
+    @torch.no_grad()
+    def hold(self, alpha: Tensor) -> None:
+        """Start with a constant attention alpha [m, n + 1], the zero cell last, of which |alpha| adds up to `STATIC`.
+
+        The last layer starts with zero weights, so that its logits are its biases; it still learns.
+        """
+        z = alpha.to(self.fc2.weight) / STATIC
+        if self.only is not None:
+            z = z.gather(1, self.only)
+        self.fc2.weight.zero_()
+        (self.basis_bias if self.basis else self.fc2.bias).copy_(z.flatten())
+        if self.beta is not None:
+            self.beta.copy_(alpha)
 
     def _own_cell_of_each(self, device: torch.device | str | None) -> Tensor:
         first, last = self.own_cells
@@ -143,6 +163,35 @@ class KWAttention(nn.Module):
         return f"m={self.m}, n={self.n}, attention_function={self.attention_function}"
 
 
+def attention_size(
+    channels: int,
+    m: int,
+    n: int,
+    *,
+    own: int = 0,
+    reduction: float = 1 / 16,
+    norm: str = "batch",
+    nonlocal_basis_ratio: float = 1.0,
+    cell_sharing: bool = True,
+) -> int:
+    """The number of parameters of a `KWAttention`, without making one.
+
+    Args:
+        channels: of the layer's input.
+        m: mixtures of the layer.
+        n: cells of the warehouse.
+        own: number of the layer's own cells.
+        reduction, norm, nonlocal_basis_ratio, cell_sharing: as for `KWAttention`.
+    """
+    hidden = hidden_width(channels, reduction, 16)
+    first = (channels + 2) * hidden + (hidden if norm == "layer" else 0)
+    logits = m * (n + 1 if cell_sharing else 2)
+    if nonlocal_basis_ratio >= 1.0 or not cell_sharing:
+        return first + (hidden + 1) * logits
+    basis = max(int((n - own) * nonlocal_basis_ratio), 16)
+    return first + hidden * m * (own + basis + 1) + basis * (n - own) + logits
+
+
 class _KWLayer(Annealed):
     """A kernel mixed from the cells of a warehouse."""
 
@@ -168,12 +217,13 @@ class _KWLayer(Annealed):
             )
         # only the root of the model registers a shared warehouse as a submodule
         object.__setattr__(self, "_warehouse", warehouse)
-        self.layer = layer
+        self.layer, self.attention_init = layer, attention_init
         self.attention = KWAttention(
             self.in_channels,
             warehouse.initial_attention(layer, attention_init),
             warehouse.own_cells(layer),
             use_temperature=attention_init != "none",
+            is_constant=attention_init == "static",
             device=device,
             dtype=dtype,
             **attention,
@@ -209,21 +259,28 @@ class _KWLayer(Annealed):
     def keep_weight(self, weight: Tensor) -> None:
         """Write the static kernel [O, I, *k] into the cells that are assigned to this layer's mixtures.
 
+        With a budget below 1 some mixtures have no cell of their own. Cells and attentions are then the closest to the
+        static kernels of all layers of the warehouse, if the attention is "static" (see `Warehouse.approximate`).
+
         Raises:
-            ValueError: the budget is below 1, so that some mixtures have no cell of their own.
+            ValueError: the budget is below 1, and the attention is another.
         """
-        cells = self._warehouse.cells
-        if self._warehouse.cell_num_ratio < 1:
+        cells, is_static = self._warehouse.cells, self.attention_init == "static"
+        if self._warehouse.cell_num_ratio < 1 and not is_static:
             raise ValueError(
-                f"warehouse '{self._warehouse.name}': keep_weights needs a cell for every mixture, a cell_num_ratio of "
-                f"at least 1, not {self._warehouse.cell_num_ratio}"
+                f"warehouse '{self._warehouse.name}': with a cell_num_ratio of {self._warehouse.cell_num_ratio}, below "
+                f"1, keep_weights needs attention_init 'static', not '{self.attention_init}'"
             )
         c_out, c_in, *window = cells.shape[1:]
         weight = weight.reshape(self.kernel_shape) * (self.heads.reset_to_constants() if self.heads else 1.0)
         g_out, g_in = weight.shape[0] // c_out, weight.shape[1] // c_in
         weight = weight.reshape(g_out, c_out, g_in, c_in, -1, *window)
         weight = weight.permute(4, 0, 2, 1, 3, *range(5, weight.ndim)).reshape(-1, *cells.shape[1:])
-        cells[torch.tensor(self._warehouse.assignments[self.layer], device=cells.device)] = weight
+        if self._warehouse.cell_num_ratio < 1:
+            self._warehouse.approximate(self.layer, weight, self.attention.hold)
+        else:
+            own = torch.tensor(self._warehouse.assignments[self.layer], device=cells.device)
+            cells[own] = weight / STATIC if is_static else weight
 
     def mixing_cost(self, positions: int) -> int:
         """m x n x the size of a cell (n = 1 without sharing of cells).

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...anatomy import family_name, layers_of, replaceable
 
@@ -110,13 +111,17 @@ FAMILIES = {
     "MobileNetV2": (mobilenetv2_plan, ["layer", "pwconv"], "batch"),
     "ConvNeXt": (convnext_plan, ["layer", "conv", "pwconv"], "layer"),
     "VisionTransformer": (vit_plan, ["layer", "mlp"], "layer"),
-    "other": (any_plan, [], "batch"),
+    "other": (any_plan, [], "batch"),  # where `any_network` is not asked for
 }
 
 
 def family(model: nn.Module) -> tuple[Callable[[nn.Module], list[tuple[str, str]]], list[str], str]:
-    """(plan, sharing range, norm of the attention) of a timm model's family, or those of any other model."""
-    return FAMILIES[family_name(model)]
+    """(plan, sharing range, norm of the attention) of a model's family, or those of any other model."""
+    plan, sharing, norm = FAMILIES[family_name(model)]
+    if plan is any_plan and not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        # as in the paper's networks without BatchNorm
+        norm = "layer" if any(isinstance(module, nn.LayerNorm) for module in model.modules()) else norm
+    return plan, sharing, norm
 
 
 def half_mobilenetv2(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -10,11 +10,15 @@ from collections.abc import Callable, Mapping
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention_functions import EPSILON
 from ..layer import Shared
 
-ATTENTION_INITS = ("one-to-one", "all-to-one", "none", "k-to-one", "one-to-k")
+ATTENTION_INITS = ("one-to-one", "all-to-one", "none", "k-to-one", "one-to-k", "static")
+# the attention of "static" to its own cell: a logit of 1 over `total`
+STATIC = 1 / (1 + EPSILON)
 
 
 def _scaled(size: int, ratio: float, what: str, name: str, kernels: Mapping[str, tuple[int, ...]]) -> int:
@@ -120,6 +124,8 @@ class Warehouse(Shared):
         self.n = round(n)
         self.cells = nn.Parameter(torch.empty(self.n, *cell_shape, device=device, dtype=dtype))
         self.assignments = self._assign()
+        self.kept: dict[str, tuple[Tensor, Callable[[Tensor], None]]] = {}
+        self.errors: dict[str, float] = {}
         self.reset_parameters()
 
     def _assign(self) -> dict[str, list[int]]:
@@ -160,7 +166,9 @@ class Warehouse(Shared):
         """beta [m, n + 1] of equation 4 for a layer, the zero cell last.
 
         The strategy "one-to-one" is that of section 3.4; "all-to-one", "none", "k-to-one" (b > 1) and "one-to-k"
-        (b < 1) are those of Table 13. Raises ValueError for an unknown strategy, and for one that b does not allow.
+        (b < 1) are those of Table 13. "static" is one-to-one with `STATIC` instead of 1, which an attention to constant
+        logits reaches at every temperature. Raises ValueError for an unknown strategy, and for one that b does not
+        allow.
         """
         if strategy not in ATTENTION_INITS:
             raise ValueError(f"unknown attention_init '{strategy}', choose from {', '.join(ATTENTION_INITS)}")
@@ -178,8 +186,8 @@ class Warehouse(Shared):
             for j in range(m):
                 first = math.floor(start + b * j + 1e-9)
                 beta[j, first : max(math.floor(start + b * (j + 1) + 1e-9), first + 1)] = 1.0
-        elif strategy == "one-to-one":
-            beta[torch.arange(m), torch.tensor(self.assignments[layer])] = 1.0
+        elif strategy in ("one-to-one", "static"):
+            beta[torch.arange(m), torch.tensor(self.assignments[layer])] = STATIC if strategy == "static" else 1.0
         return beta
 
     def _mixtures_before(self, layer: str) -> int:
@@ -195,6 +203,37 @@ class Warehouse(Shared):
             first, last = self.own_cells(layer)
             fan_out = max(last - first, 1) * self.cells.shape[1] * window
             self.cells[first:last].normal_(0.0, math.sqrt(2.0 / fan_out))
+
+    @torch.no_grad()
+    def approximate(self, layer: str, cells: Tensor, hold: Callable[[Tensor], None]) -> None:
+        """Keep the kernel of a layer as well as fewer cells than mixtures can, once those of all layers are known.
+
+        The cells are a basis of all kernels, which has the smallest sum of squared differences; `errors` then maps
+        every layer to the norm of its difference over that of its kernel.
+
+        Args:
+            layer: the name of the layer.
+            cells: its static kernel in cells [m, co, ci, *k].
+            hold: is called with the constant attention alpha [m, n + 1] of the layer, the zero cell last.
+        """
+        self.kept[layer] = (cells, hold)
+        if len(self.kept) < len(self.mixtures):
+            return
+        kernels = torch.cat([self.kept[name][0] for name in self.mixtures]).flatten(1).double()
+        u, s, basis = torch.linalg.svd(kernels, full_matrices=False)
+        alpha, basis = (u * s)[:, : self.n], basis[: self.n]
+        # as small as cells can be with |alpha| adding up to at most `STATIC`; the zero cell takes what is left
+        scale = alpha.abs().sum(1).max().clamp_min(1e-12) / STATIC
+        alpha, rest = F.pad(alpha / scale, (0, self.n - len(basis))), kernels - alpha @ basis
+        self.cells[: len(basis)] = (basis * scale).view(-1, *self.cells.shape[1:]).to(self.cells.dtype)
+        alpha = torch.cat([alpha, STATIC - alpha.abs().sum(1, keepdim=True)], dim=1)
+        sizes = list(self.mixtures.values())
+        for name, own, difference, kernel in zip(
+            self.mixtures, alpha.split(sizes), rest.split(sizes), kernels.split(sizes), strict=True
+        ):
+            self.kept[name][1](own)
+            self.errors[name] = float(difference.norm() / kernel.norm().clamp_min(1e-12))
+        self.kept.clear()
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.cells.shape[1:]))
