@@ -20,10 +20,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from models import load_weights, set_temperature, temperature_range, warehouse_layers
+from models import load_weights, set_temperature, temperature_range
 from models.config import ConfigError
 from models.reader import read_checkpoint
-from models.weights import matched_state, state_dict_of
+from models.weights import fitting_state, state_dict_of
 from utils import Process, gather, is_main_process, log, set_seed
 
 if TYPE_CHECKING:
@@ -243,28 +243,12 @@ def finetune(model: torch.nn.Module, args: argparse.Namespace) -> None:
     try:
         state = state_dict_of(checkpoint, args.model_key)
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        state, missing, unexpected, wrong = matched_state(model, state)
+        state, differs = fitting_state(model, state, path)
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    head = _classifier_keys(model)
-    if any(key.startswith(head) for key in wrong):
-        state = {key: value for key, value in state.items() if not key.startswith(head)}
+        raise ConfigError(str(error)) from None
+    if differs:
         log(f"{path}: its classifier has another size and is left out")
-        missing, unexpected, wrong = (
-            [key for key in keys if not key.startswith(head)] for keys in (missing, unexpected, wrong)
-        )
-    differing = missing + unexpected + wrong
-    if differing:
-        raise ConfigError(f"{path}: of another model; the first keys that differ: {', '.join(differing[:5])}")
     model.load_state_dict(state, strict=False)
-
-
-def _classifier_keys(model: torch.nn.Module) -> tuple[str, ...]:
-    """Prefixes of the keys of the classifier, with the warehouses that it alone uses."""
-    names = model.pretrained_cfg.get("classifier") or ()
-    names = {names} if isinstance(names, str) else set(names)
-    warehouses = [name for name, layers in warehouse_layers(model).items() if layers and names.issuperset(layers)]
-    return (*(f"{name}." for name in names), *warehouses)
 
 
 def training_state(

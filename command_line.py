@@ -11,6 +11,8 @@ _WORDS_OF_BOOL = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0"), False),
 }
+# with weights to start from, the temperature is annealed only if one of these is on the command line itself
+TEMPERATURE = {"temp_epoch", "temp_init_value"}
 
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -32,6 +34,9 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
     command_line = {name: _from_text(name, text) for name, text in vars(given_text).items()}
     path = command_line.get("kw_config")
     given = merge({} if path is None else path, command_line)
+    if (given.get("finetune") or given.get("init_static")) and not TEMPERATURE & command_line.keys():
+        # trained weights need no annealing; the config's is for random ones
+        given["temp_epoch"] = 0
     defaults = {name: option.default for name, option in all_options().items()}
     return argparse.Namespace(**{**defaults, **given}), given
 

@@ -109,7 +109,7 @@ def train_one_epoch(
     for update in range(steps):
         step = epoch * steps + update
         lr, weight_decay = schedule.apply(optimizer, step)
-        now = final if args.finetune else temperature_at(step, steps, args.temp_epoch, args.temp_init_value, final)
+        now = temperature_at(step, steps, args.temp_epoch, args.temp_init_value, final)
         if now != temperature:
             temperature = now
             set_temperature(model, temperature)

@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     before_torch()
     try:
         args, given = parse_command_line(argv)
+        if args.dry_run:
+            return report(args, given)
         check_paths(args)
     except ConfigError as error:
         return fail(error)
@@ -50,15 +52,27 @@ def fail(error: Exception, code: int = 2) -> int:
     return code
 
 
+def report(args: argparse.Namespace, given: dict[str, Any]) -> int:
+    """Print what a dynamic model changes in its static network; returns the exit code."""
+    from models import report_model
+    from models.options import MODEL_KEYS
+
+    config = {name: value for name, value in given.items() if name in MODEL_KEYS}
+    print(report_model({**config, "model": args.model}, num_classes=args.nb_classes))
+    return 0
+
+
 def check_paths(args: argparse.Namespace) -> None:
     """Refuse wrong paths and an odd batch size for mixing, before anything slow is done.
 
     Raises:
         ConfigError: names the option.
     """
-    for option in ("resume", "finetune"):
+    if args.finetune and args.init_static:
+        raise ConfigError("--finetune starts a dynamic network, --init_static a static one's layers: give one of them")
+    for option in ("resume", "finetune", "init_static"):
         path = getattr(args, option)
-        if path and "://" not in path and not os.path.isfile(path):
+        if path and not path.startswith("timm:") and "://" not in path and not os.path.isfile(path):
             raise ConfigError(f"--{option} {path}: no such file")
     for option in ("data_path", "eval_data_path"):
         path = getattr(args, option)
@@ -116,7 +130,8 @@ def run(args: argparse.Namespace, given: dict[str, Any]) -> None:
     utils.set_seed(args.seed)
     config = {name: value for name, value in given.items() if name in MODEL_KEYS}
     try:
-        model = build_model({**config, "model": args.model}, num_classes=loaders.nb_classes).to(device)
+        config["model"] = args.model
+        model = build_model(config, num_classes=loaders.nb_classes, init_static=args.init_static).to(device)
         first, last = temperature_range(model)
         args.temp_init_value = args.temp_init_value if "temp_init_value" in given else first
     except ValueError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 _HOME = {
     "build_model": "build",
+    "report_model": "build",
     "convert": "conversion",
     "load_weights": "weights",
     "set_temperature": "temperature",

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import timm
+import torch
 from timm.layers import DropPath, SEModule
 from torch import nn
 
@@ -15,6 +16,8 @@ from .conversion import convert
 from .initialisation import start_as_released
 from .methods import ALIASES, METHODS
 from .options import METHOD_KEYS
+from .report import ConversionReport
+from .weights import load_static
 
 # ODConv's tables count squeeze-and-excitation without biases
 BLOCK_ATTENTIONS = {"se": functools.partial(SEModule, rd_ratio=1 / 16, bias=False), "cbam": "cbam", "eca": "eca"}
@@ -70,12 +73,15 @@ def parse_name(name: str) -> tuple[str | None, str]:
     )
 
 
-def build_model(config: str | os.PathLike | dict, num_classes: int = 1000, **overrides: Any) -> nn.Module:
+def build_model(
+    config: str | os.PathLike | dict, num_classes: int = 1000, *, init_static: str = "", **overrides: Any
+) -> nn.Module:
     """Build the model of a config.
 
     Args:
         config: path of a JSON file, or a dict of the same keys. Its training options are checked and ignored.
         num_classes: size of the classifier's output.
+        init_static: path or URL of a static network's weights, or timm:NAME, from which the dynamic layers start.
         overrides: settings that replace the config's.
 
     Returns:
@@ -85,6 +91,42 @@ def build_model(config: str | os.PathLike | dict, num_classes: int = 1000, **ove
         ConfigError: (a ValueError) names the key of an unknown or mistyped setting, and the layer and the warehouse of
             a ratio that does not divide.
     """
+    model, method, settings, name = _parts(config, num_classes, overrides)
+    if init_static:
+        if method is None:
+            raise ConfigError(f"init_static is for dynamic models; '{name}' is static: use --finetune")
+        try:
+            load_static(model, init_static)
+        except ValueError as error:
+            raise ConfigError(f"init_static: {error}") from None
+    if method is None:
+        return model
+    try:
+        return convert(model, method, keep_weights=bool(init_static), **settings)
+    except ValueError as error:
+        raise ConfigError(f"model '{name}': {error}") from None
+
+
+def report_model(config: str | os.PathLike | dict, num_classes: int = 1000, **overrides: Any) -> ConversionReport:
+    """Report what a dynamic model changes in its static network; the arguments and errors are those of `build_model`.
+
+    Raises:
+        ConfigError: as for `build_model`, and where the model is static.
+    """
+    with torch.device("meta"):
+        model, method, settings, name = _parts(config, num_classes, overrides)
+    if method is None:
+        raise ConfigError(f"'{name}' is static: there is nothing to report")
+    try:
+        return convert(model, method, dry_run=True, **settings)
+    except ValueError as error:
+        raise ConfigError(f"model '{name}': {error}") from None
+
+
+def _parts(
+    config: str | os.PathLike | dict, num_classes: int, overrides: dict[str, Any]
+) -> tuple[nn.Module, str | None, dict[str, Any], str]:
+    """The static network of a config, the method that converts it or None, its settings, and the model's name."""
     config = read_config(config, overrides)
     prefix, backbone = parse_name(config.get("model", "convnext_tiny"))
     method, defaults = PREFIXES.get(prefix, (None, {}))
@@ -101,12 +143,7 @@ def build_model(config: str | os.PathLike | dict, num_classes: int = 1000, **ove
     model = _static(backbone, num_classes, config)
     if config.get("initialisation") == "released":
         start_as_released(model, keep_classifier=method is not None and not METHODS[method].released_classifier)
-    if method is None:
-        return model
-    try:
-        return convert(model, method, **settings)
-    except ValueError as error:
-        raise ConfigError(f"model '{config['model']}': {error}") from None
+    return model, method, settings, config.get("model", "convnext_tiny")
 
 
 def _static(backbone: str, num_classes: int, config: dict[str, Any]) -> nn.Module:

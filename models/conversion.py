@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from .anatomy import is_dynamic, layers_of
 from .methods import method_named
 from .methods.method import Method
-from .replacement import put, refuse_others
+from .replacement import STATIC, put, refuse_others
+from .report import ConversionReport, reasons_of, report_of
 
 
 def convert(
@@ -18,8 +18,9 @@ def convert(
     *,
     layers: str | Sequence[str] | None = None,
     keep_weights: bool = False,
+    dry_run: bool = False,
     **settings: Any,
-) -> nn.Module:
+) -> nn.Module | ConversionReport:
     """Replace layers of a model by dynamic ones, in place.
 
     A layer whose weight is read by another module of the network is left static, with a warning.
@@ -30,17 +31,21 @@ def convert(
         method: name of the method.
         layers: one or several words of `anatomy.select` ("all", "1x1", "3x3", "last_N_blocks", "classifier", glob
             patterns of names); None: the method's own choice.
-        keep_weights: start from the static kernels, so that the model still computes the same ("kw" and "kw_star": at
-            temperature 1, for budgets of 1 and more; "we": without `standardise`).
+        keep_weights: start from the static kernels, so that the model still computes the same, at every temperature
+            ("we": without `standardise`). With a budget below 1, "kw" and "kw_star" have fewer cells than the kernels
+            need: they start from the closest, and a warning names the layers that differ most.
+        dry_run: change nothing, and return a report of the layers, warehouses, parameters and multiply-adds instead.
         settings: of the method, as in `convert(model, "odconv", kernel_num=4)`; those of "kw" and "kw_star" are
             described in `methods/kernel_warehouse`.
 
     Returns:
-        The model.
+        The model, or the report.
 
     Raises:
         ValueError: names the layer or warehouse that does not fit; the model is left unchanged.
     """
+    if dry_run:
+        return report_of(model, method, lambda copied: convert(copied, method, layers=layers, **settings))
     job = method_named(method)(model, layers=layers, keep_weights=keep_weights, **settings)
     with job.prepared():
         names = _without_unfit(job, job.choose())
@@ -48,10 +53,10 @@ def convert(
         refuse_others([modules[name] for name in names], names, job.layers, job.name)
         put(model, job.make(names), keep_weights)
     others = job.finish(names)
-    model.conversion = {**getattr(model, "conversion", {}), **{name: job.label(name) for name in [*names, *others]}}
-    for name, module in layers_of(model).items():
-        if not is_dynamic(module) and name not in others:
-            model.conversion.setdefault(name, f"static: {job.static.get(name, 'not chosen')}")
+    labels = {name: job.label(name) for name in [*names, *others]}
+    earlier = {name: label for name, label in getattr(model, "conversion", {}).items() if not label.startswith(STATIC)}
+    static = {name: STATIC + reason for name, reason in reasons_of(model, job.static).items() if name not in labels}
+    model.conversion = {**earlier, **labels, **static}
     return model
 
 

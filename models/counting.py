@@ -65,13 +65,16 @@ class LayerCount:
         return self.attention + self.mixing + self.convolution + self.norm
 
 
-def count_layers(model: nn.Module, image_size: int = 224, channels: int = 3) -> list[LayerCount]:
+def count_layers(
+    model: nn.Module, image_size: int = 224, channels: int = 3, shape: tuple[int, ...] | None = None
+) -> list[LayerCount]:
     """Count the parameters and multiply-adds of a model, layer by layer.
 
     Args:
         model: may be on the device "meta", where counting takes no memory.
         image_size: side of the image, in pixels.
         channels: of the image.
+        shape: of the input, without the batch, if it is not a square image.
 
     Returns:
         A `LayerCount` for every layer that is counted and for every warehouse, and at the end one for everything else.
@@ -111,7 +114,7 @@ def count_layers(model: nn.Module, image_size: int = 224, channels: int = 3) -> 
             continue
         count = counts[OTHERS] if home is None and hook is _norm else counts[home or name]
         handles.append(module.register_forward_hook(partial(hook, count, inside)))
-    _run(model, image_size, channels)
+    _run(model, shape or (channels, image_size, image_size))
     for handle in handles:
         handle.remove()
     return list(counts.values())
@@ -123,11 +126,11 @@ def _above(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
-def _run(model: nn.Module, image_size: int, channels: int) -> None:
-    """Run the model on one image in evaluation mode; its modules then return to their own modes."""
+def _run(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Run the model on one input in evaluation mode; its modules then return to their own modes."""
     training = [module for module in model.modules() if module.training]
     parameter = next(model.parameters())
-    x = torch.zeros(1, channels, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    x = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
     try:
         with torch.no_grad():
             model.eval()(x)

@@ -250,6 +250,12 @@ _OWN: dict[str, Option] = {
         "checkpoints",
         output_dir=Option(str, "", "folder for log.txt and the checkpoints; empty: nothing is written"),
         finetune=Option(str, "", "path or URL of weights to start from; a classifier of another size is left out"),
+        init_static=Option(
+            str,
+            "",
+            "path or URL of a static network's weights, or timm:NAME for timm's, that dynamic layers start from; a "
+            "classifier of another size is left out",
+        ),
         model_key=Option(
             str, "model|module", "names of the entry with the weights in the file of --finetune, tried in this order"
         ),
@@ -263,6 +269,7 @@ _OWN: dict[str, Option] = {
     ),
     **_in_group(
         "run",
+        dry_run=Option(bool, False, "print what a dynamic model changes in its static network, and stop"),
         kw_config=Option(str, None, "config file (JSON); the command line overrides it"),
         recipe=Option(
             str,

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from .replacement import STATIC
+
 _MOBILENET_BLOCKS = (1, 2, 3, 4, 3, 3, 1)
 
 
@@ -89,7 +91,8 @@ def own_keys(model: nn.Module, state: dict[str, Any], without: Iterable[str] = (
     state = {key if key in own else key.removeprefix("module."): value for key, value in state.items()}
     rename = _rename_of([key for key in state if key not in own])
     # the warehouses of the whole model, even if its classifier was removed
-    warehouses = list(dict.fromkeys(getattr(model, "conversion", {}).values()))
+    labels = dict.fromkeys(getattr(model, "conversion", {}).values())
+    warehouses = [label for label in labels if not label.startswith(STATIC)]
     taken_off = tuple(f"{name}." for name in without)
     result = {}
     for key, value in state.items():

@@ -7,6 +7,9 @@ from torch import nn
 
 from .anatomy import is_dynamic, kind_of
 
+# begins the entry of a layer in `model.conversion` that stays static; the reason follows
+STATIC = "static: "
+
 
 def refuse_others(
     modules: Iterable[nn.Module], names: Iterable[str], classes: Collection[type[nn.Module]], method: str

@@ -4,9 +4,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
+from .methods.kernel_warehouse import warehouse_layers
 from .reader import read_checkpoint
 from .released import own_keys
 
@@ -65,6 +67,78 @@ def matched_state(
     unexpected = [key for key in state if key not in own]
     wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
     return state, missing, unexpected, wrong
+
+
+def fitting_state(model: nn.Module, state: dict[str, Any], name: str) -> tuple[dict[str, Any], bool]:
+    """The state dict of a trained network for a model whose classifier may have another size.
+
+    Args:
+        model: the model to load into, with `load_state_dict(..., strict=False)` if the classifier is left out.
+        state: state dict of this project or another.
+        name: of the checkpoint, for messages.
+
+    Returns:
+        The renamed state dict without the classifier where its size differs, and whether it does.
+
+    Raises:
+        ValueError: the checkpoint is of another model; lists the first keys that differ.
+    """
+    state, missing, unexpected, wrong = matched_state(model, state)
+    head, differs = _classifier_keys(model), False
+    if any(key.startswith(head) for key in wrong):
+        differs, state = True, {key: value for key, value in state.items() if not key.startswith(head)}
+        missing, unexpected, wrong = (
+            [key for key in keys if not key.startswith(head)] for keys in (missing, unexpected, wrong)
+        )
+    if missing or unexpected or wrong:
+        text = f"{name}: of another model; the first keys that differ: {', '.join([*missing, *unexpected, *wrong][:5])}"
+        if any(f"{layer}.weight" in unexpected for layer in getattr(model, "conversion", {})):
+            text += ". If these are the weights of the static network, give them as --init_static"
+        raise ValueError(text)
+    return state, differs
+
+
+def _classifier_keys(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the keys of the classifier, with the warehouses that it alone uses."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    names = {names} if isinstance(names, str) else set(names)
+    warehouses = [name for name, layers in warehouse_layers(model).items() if layers and names.issuperset(layers)]
+    return (*(f"{name}." for name in names), *warehouses)
+
+
+def load_static(model: nn.Module, source: str, model_key: str = "model|module") -> bool:
+    """Load the weights of a trained static network; a classifier of another size keeps its initial weights.
+
+    Args:
+        model: a static timm model, changed in place.
+        source: path or URL of a checkpoint, or "timm:NAME", timm's pretrained weights.
+        model_key: as for `state_dict_of`.
+
+    Returns:
+        Whether the classifier was left out.
+
+    Raises:
+        ValueError: the file cannot be read, its weights are of another model, or timm cannot get its weights.
+        FileNotFoundError: there is no such file.
+    """
+    if source.startswith("timm:"):
+        state = _timm_state(source.removeprefix("timm:"))
+    else:
+        state = state_dict_of(read_checkpoint(source), model_key)
+    state, differs = fitting_state(model, state, source)
+    model.load_state_dict(state, strict=False)
+    return differs
+
+
+def _timm_state(name: str) -> dict[str, Any]:
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:
+        # timm and the Hugging Face client raise errors of many kinds
+        raise ValueError(
+            f"timm:{name}: timm cannot get these weights ({str(error).splitlines()[0][:200]}). Download them where the "
+            "network is reachable, and give the path of the file"
+        ) from None
 
 
 def load_weights(

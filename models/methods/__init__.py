@@ -1,5 +1,6 @@
 """All methods: each has a module or package here, whose name is in `_ROOMS`."""
 
+import difflib
 import importlib
 
 from ..options import Option
@@ -40,7 +41,10 @@ def method_named(name: str) -> type[Method]:
     """
     name = ALIASES.get(name, name)
     if name not in METHODS:
-        raise ValueError(f"unknown method '{name}', choose from {', '.join([*METHODS, *ALIASES])}")
+        known = [*METHODS, *ALIASES]
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise ValueError(f"unknown method '{name}', {hint}Choose from {', '.join(known)}")
     return METHODS[name]
 
 
