@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from ...anatomy import heads_of, is_dynamic, kernel_shape_of, kind_of, replaceable, stem_of
+from ...anatomy import family_name, heads_of, is_dynamic, kernel_shape_of, kind_of, replaceable, stem_of
 from ...options import Option
 from ..method import Method, Setting, layer_classes
 from ..settings import ATTENTION_FUNCTION, ATTENTIONS_OPTION, REDUCTION
 from .any_network import warehouses_of
-from .growth import DEFAULT_SHARE, attention_sizes, channels_of, is_within, refuse_growth
+from .growth import DEFAULT_SHARES, FEW, attention_sizes, channels_of, is_within, refuse_growth
 from .layer import ATTENTION_FUNCTIONS, KWAttention, KWConv1d, KWConv2d, KWConv3d, KWLinear, attention_size
 from .plans import explicit, family, group, half_mobilenetv2, share
 from .query_key_value import split_projections
@@ -194,12 +194,13 @@ class KWMethod(Method):
         self.groups = group(share(plan, self.given["sharing_range"]))
         if self.is_planned:
             return
-        if self.is_known:
-            # the parts of a projection, which is not split yet, cannot be measured; their sizes are those of others
-            measured = self._are_replaceable(self.groups)
-            per = per_warehouse(self.given, list(self.groups)) if measured else {}
-            if not measured or is_within(*self._attention_sizes(per), DEFAULT_SHARE):
-                return
+        # the parts of a projection, which is not split yet, cannot be measured; families that have them do not outgrow
+        if not self._are_replaceable(self.groups):
+            return
+        sizes, kernels = self._attention_sizes(per_warehouse(self.given, list(self.groups)))
+        largest = DEFAULT_SHARES.get(family_name(self.model), 0)
+        if is_within(sizes, kernels, largest) or sum(sizes.values()) <= FEW:
+            return
         modules, positions = dict(self.model.named_modules()), self._candidates()
         one = per_warehouse(self.given, [""])[""]
         attention = {"reduction": one["reduction"], "nonlocal_basis_ratio": one["nonlocal_basis_ratio"]}
@@ -238,7 +239,7 @@ class KWMethod(Method):
         modules = dict(self.model.named_modules())
         return all(kind_of(modules.get(layer)) in self.layers for layers in groups.values() for layer in layers)
 
-    def _attention_sizes(self, per: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, int], int]:
+    def _attention_sizes(self, per: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, int], float]:
         common = {"norm": self.norm, "cell_sharing": self.given["cell_sharing"]}
         return attention_sizes(self.model, self.groups, per, **common)
 
