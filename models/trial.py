@@ -112,6 +112,7 @@ def _inputs(model: nn.Module) -> Iterator[tuple[int, ...]]:
     dims = len(stem.kernel_size)
     if size is not None and dims == 2:
         yield (2, stem.in_channels, *size)
-    for side in SIZES:
+    # a network may register another layer before the first, so images are tried as well
+    for channels, side in itertools.product(dict.fromkeys((stem.in_channels, 3, 1)), SIZES):
         # videos of 16 frames
-        yield (2, stem.in_channels, *((16,) if dims == 3 else ()), *(side,) * min(dims, 2))
+        yield (2, channels, *((16,) if dims == 3 else ()), *(side,) * min(dims, 2))

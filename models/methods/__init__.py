@@ -43,8 +43,8 @@ def method_named(name: str) -> type[Method]:
     if name not in METHODS:
         known = [*METHODS, *ALIASES]
         close = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        raise ValueError(f"unknown method '{name}', {hint}Choose from {', '.join(known)}")
+        hint = f", did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"unknown method '{name}'{hint} (methods: {', '.join(known)})")
     return METHODS[name]
 
 

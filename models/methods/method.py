@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..anatomy import family_name, is_dynamic, layers_of, main_layers, select
+from ..anatomy import family_name, is_dynamic, layers_of, main_layers, select, stem_of
 from ..options import Option
 from ..replacement import replacement
 from ..trial import Trial, try_out
@@ -110,6 +110,13 @@ class Method:
     def is_known(self) -> bool:
         """Whether the model is of a family that needs no trial, which takes a second and more."""
         return family_name(self.model) != "other"
+
+    def stem(self) -> str:
+        """The name of the layer that sees the input."""
+        ran = [] if self.is_known else self.trial.order
+        modules = dict(self.model.named_modules())
+        convolutions = [name for name in ran if hasattr(modules[name], "kernel_size")]
+        return next(iter([*convolutions, *ran, stem_of(self.model)]))
 
     def in_order(self, names: Sequence[str]) -> list[str]:
         """The names in the order in which the layers first run; those that did not run in the trial come last."""

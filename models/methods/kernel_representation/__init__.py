@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ...anatomy import has_mlps, heads_of, is_deep, residual_units, stem_of
+from ...anatomy import has_mlps, heads_of, is_deep, residual_units
 from ...options import Option
 from ...replacement import put, refuse_others, replacement
 from ..method import Method, Setting, layer_classes
@@ -133,7 +133,7 @@ class KRMethod(Method):
             raise ValueError("kr: the model has a kernel representation already; convert all of its layers at once")
         if not self.given["representation"]:
             return []
-        stem = stem_of(self.model)
+        stem = self.stem()
         if start == "frequency" and len(getattr(modules[stem], "kernel_size", ())) != 2:
             raise ValueError(
                 f"kr: representation_start 'frequency' needs a 2-d convolution that sees the image, but the first "
@@ -156,7 +156,7 @@ class KRMethod(Method):
         """
         if not self.given["representation"]:
             return []
-        stem, last = self.model.get_submodule(stem_of(self.model)), self.model.get_submodule(names[-1])
+        stem, last = self.model.get_submodule(self.stem()), self.model.get_submodule(names[-1])
         heads = last._relay.layers[len(names) :]
         for head in heads:
             static = self.model.get_submodule(head)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ...anatomy import family_name, heads_of, is_dynamic, kernel_shape_of, kind_of, replaceable, stem_of
+from ...anatomy import family_name, heads_of, is_dynamic, kernel_shape_of, kind_of, replaceable
 from ...options import Option
 from ..method import Method, Setting, layer_classes
 from ..settings import ATTENTION_FUNCTION, ATTENTIONS_OPTION, REDUCTION
@@ -221,7 +221,7 @@ class KWMethod(Method):
         layers, ran = replaceable(self.model), self.trial.positions
         names = [name for name, module in layers.items() if not is_dynamic(module)]
         read = {name: "another module of the network reads its weight" for name in self.trial.read if name in layers}
-        ends = {stem_of(self.model): "the first layer", **dict.fromkeys(heads_of(self.model, ()), "the classifier")}
+        ends = {self.stem(): "the first layer", **dict.fromkeys(heads_of(self.model, ()), "the classifier")}
         self.static.update({names[-1]: "the last layer", **ends, **read})
         names = [name for name in names if name not in self.static]
         if not ran:
