@@ -151,7 +151,7 @@ def run(args: argparse.Namespace, given: dict[str, Any]) -> None:
     # evaluate
     checkpoint, path = checkpoints.find(args, output)
     if args.eval:
-        if checkpoint is None and not args.finetune:
+        if checkpoint is None and not (args.finetune or args.init_static):
             raise ConfigError("--eval needs a checkpoint: give --resume, or the --output_dir of a run")
         set_temperature(model, last)
         if checkpoint is not None:

@@ -57,28 +57,41 @@ def main():
 def train(config, seed, args):
     """Train once; returns the lines of the log and the seconds of the run."""
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--output_dir", folder, "--device", "cpu", "--seed", str(seed), "--save_ckpt", "false"]
-        command = [sys.executable, "main.py", "--kw_config", config, *options, *args.options]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-        started = time.perf_counter()
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        seconds = time.perf_counter() - started
-        if done.returncode != 0:
-            raise SystemExit(f"{config}: {done.stderr.strip().splitlines()[-1]}")
+        options = ["--output_dir", folder, "--save_ckpt", "false", *args.options]
+        _, seconds = run(config, seed, args.threads, options)
         return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()], seconds
+
+
+def run(config, seed, threads, options):
+    """Run main.py on the CPU; returns what it printed and its seconds."""
+    command = [sys.executable, "main.py", "--kw_config", config, "--device", "cpu", "--seed", str(seed), *options]
+    started = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{config}: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout, time.perf_counter() - started
+
+
+def name_of(config):
+    """What a config is, for a table."""
+    return json.loads((ROOT / config).read_text())["_about"]["what"].split(";")[0].split(" on scikit")[0]
+
+
+def spread(values):
+    """Accuracies as mean (lowest to highest)."""
+    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def row_of(config, runs):
     """The row of the table for a config and its runs."""
-    what = json.loads((ROOT / config).read_text())["_about"]["what"].split(";")[0].split(" on scikit")[0]
     log = runs[0][0]
     first, last = (f"{line['train_temperature']:.3g}" for line in (log[0], log[-1]))
     parameters = f"{log[-1]['n_parameters'] / 1e6:.2f} M"
     name = config.removeprefix("configs/")
     link = f"[{name}](../{config})"
-    reached = [lines[-1]["test_acc1"] for lines, _ in runs]
-    top1 = f"{statistics.mean(reached):.2f} ({min(reached):.2f} to {max(reached):.2f})"
-    return f"| {what} | {link} | {parameters} | {top1} | {first}, {last} | {statistics.mean(s for _, s in runs):.0f} |"
+    top1 = spread([lines[-1]["test_acc1"] for lines, _ in runs])
+    return f"| {name_of(config)} | {link} | {parameters} | {top1} | {first}, {last} | {statistics.mean(s for _, s in runs):.0f} |"
 
 
 if __name__ == "__main__":
