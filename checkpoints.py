@@ -206,12 +206,8 @@ def find(args: argparse.Namespace, output: Path | None) -> tuple[dict[str, Any] 
     It is that of --resume, else the newest good one of the output folder.
     """
     path = args.resume or None
-    if (
-        path is None
-        and args.auto_resume
-        and output is not None
-        and not (args.eval and (args.finetune or args.init_static))
-    ):
+    starts = args.eval and (args.finetune or args.init_static)
+    if path is None and args.auto_resume and output is not None and not starts:
         path = newest_checkpoint(output)
     if path is None:
         return None, None

@@ -91,7 +91,8 @@ def row_of(config, runs):
     name = config.removeprefix("configs/")
     link = f"[{name}](../{config})"
     top1 = spread([lines[-1]["test_acc1"] for lines, _ in runs])
-    return f"| {name_of(config)} | {link} | {parameters} | {top1} | {first}, {last} | {statistics.mean(s for _, s in runs):.0f} |"
+    seconds = f"{statistics.mean(seconds for _, seconds in runs):.0f}"
+    return f"| {name_of(config)} | {link} | {parameters} | {top1} | {first}, {last} | {seconds} |"
 
 
 if __name__ == "__main__":
