@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import timm
+import torch
 from helpers import ROOT, finish
 
 from models import convert
@@ -117,3 +118,15 @@ def test_settings_of_methods_are_options():
 def test_an_unknown_setting_is_named(method):
     with pytest.raises(ValueError, match=f"{method} has no setting 'kernels'"):
         convert(timm.create_model("test_resnet"), method, kernels=4)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "kw1d2x"])
+def test_hooks_on_every_module_fire(method):
+    """Tools that look inside a network, such as torchinfo, fvcore and Captum, do it by forward hooks."""
+    net, fired = convert(timm.create_model("test_resnet", num_classes=5), method).eval(), set()
+    for name, module in net.named_modules():
+        module.register_forward_hook(lambda module, inputs, output, name=name: fired.add(name))
+    net(torch.randn(1, 3, 32, 32))
+    # these hold parameters for other modules
+    holders = tuple(name for name in ("warehouses", "kernel_representation") if hasattr(net, name))
+    assert {name for name, _ in net.named_modules() if not name.startswith(holders or "-")} <= fired

@@ -142,13 +142,9 @@ class KWAttention(nn.Module):
             return z.new_full((len(z), self.m, self.n + 1), fill).scatter(2, self.only.expand_as(z), z)
         return z.view(-1, self.m, self.n + 1)
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        """alpha [B, m, n] of pooled inputs [B, C]."""
-        return self.attend(self.hidden(pooled))
-
-    def attend(self, hidden: Tensor) -> Tensor:
-        """alpha [B, m, n] of hidden vectors [B, H]."""
-        z = self._logits(hidden)
+    def forward(self, pooled: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """alpha [B, m, n] of pooled inputs [B, C], of which the hidden vectors [B, H] may be known already."""
+        z = self._logits(self.hidden(pooled) if hidden is None else hidden)
         if self.attention_function == "softmax":
             alpha = z.softmax(dim=2)
         elif self.attention_function == "sigmoid":
@@ -294,8 +290,12 @@ class _KWLayer(Annealed):
         return cost
 
     def convolve(self, x: Tensor) -> Tensor:
-        hidden = self.attention.hidden(global_pool(x))
-        alpha, heads = self.attention.attend(hidden), self.heads.attend(hidden) if self.heads else {}
+        # modules are called, not parts of them, so that hooks on them are, too
+        pooled, hidden, heads = global_pool(x), None, {}
+        if self.heads:
+            hidden = self.attention.hidden(pooled)
+            heads = self.heads(hidden)
+        alpha = self.attention(pooled, hidden)
         if "spatial" in heads:
             # the mixtures of a position are next to each other
             spatial = heads["spatial"].transpose(1, 2).unsqueeze(3)
