@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from checkpoints import read
 from models import build_model, load_weights, set_temperature, temperature_range, warehouse_layers
 from models.config import ConfigError
+from models.pruning import drop_unused
 
 ROOT = Path(__file__).resolve().parent.parent
 # with fewer images per process, BatchNorm's statistics are too noisy to train with
@@ -107,33 +108,10 @@ class ClassificationBackbone(BaseModule):
         return tuple(self._features(x))
 
     def _drop_unused(self) -> list[str]:
-        """Drop the modules and the warehouses that no feature map depends on; returns their names.
-
-        Their parameters would get no gradient, and DistributedDataParallel would stop with an error.
-        """
-        model, called = self.model, set()
-        hooks = [m.register_forward_hook(lambda module, *_: called.add(id(module))) for m in model.modules()]
-        parameter = next(model.parameters())
-        with torch.no_grad():
-            model.eval()
-            self._features(torch.zeros(1, 3, 64, 64, device=parameter.device, dtype=parameter.dtype))
-        for hook in hooks:
-            hook.remove()
-        warehouses = getattr(model, "warehouses", {})
-        dropped = []
-        for name, module in list(model.named_modules()):
-            if not name or name.split(".")[0] == "warehouses" or name.startswith(tuple(f"{d}." for d in dropped)):
-                continue
-            if module.state_dict() and not any(id(part) in called for part in module.modules()):
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, nn.Identity())
-                dropped.append(name)
-        for name, layers in warehouse_layers(model).items():
-            if not layers:
-                name = name.removesuffix(".cells")
-                del warehouses[name.removeprefix("warehouses.")]
-                dropped.append(name)
-        return dropped
+        """Drop what no feature map depends on; returns the names of these modules and warehouses."""
+        parameter = next(self.model.parameters())
+        x = torch.zeros(1, 3, 64, 64, device=parameter.device, dtype=parameter.dtype)
+        return drop_unused(self.model, lambda: self._features(x))
 
     def _freeze(self, stages: list[str], count: int, warehouses: bool) -> list[str]:
         """Freeze the stem and the first stages.

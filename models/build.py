@@ -47,6 +47,10 @@ BACKBONES = {
 }
 
 
+# names that `timm_models` adds to timm's
+REGISTERED: set[str] = set()
+
+
 def parse_name(name: str) -> tuple[str | None, str]:
     """Split a model's name into prefix and backbone: `od_resnet18` -> ("od", "resnet18").
 
@@ -56,14 +60,14 @@ def parse_name(name: str) -> tuple[str | None, str]:
         ConfigError: the name is unknown.
     """
     # timm's own names may begin with a prefix, such as eca_nfnet_l0
-    if name in BACKBONES or timm.is_model(name):
+    if name in BACKBONES or _is_static(name):
         return None, name
     prefixes = [prefix for prefix in PREFIXES if name.startswith(prefix + "_")]
     for prefix in sorted(prefixes, key=len, reverse=True):
         backbone = name.removeprefix(prefix + "_")
-        if backbone in BACKBONES or timm.is_model(backbone):
+        if backbone in BACKBONES or _is_static(backbone):
             return prefix, backbone
-    known = timm.list_models() + list(BACKBONES)
+    known = [name for name in timm.list_models() if _is_static(name)] + list(BACKBONES)
     known += [f"{m}_{b}" for m in PREFIXES for b in ("resnet18", "resnet50", "mobilenetv2_100", *BACKBONES)]
     close = difflib.get_close_matches(name, known, 1)
     raise ConfigError(
@@ -71,6 +75,11 @@ def parse_name(name: str) -> tuple[str | None, str]:
         + (f", did you mean '{close[0]}'?" if close else "")
         + f" A model is a timm name, or METHOD_NAME with METHOD one of {', '.join(PREFIXES)}"
     )
+
+
+def _is_static(name: str) -> bool:
+    """Whether a name is timm's own."""
+    return timm.is_model(name) and name not in REGISTERED
 
 
 def build_model(

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from .anatomy import heads_of
+from .classifier import ResetClassifier
 from .methods import method_named
 from .methods.method import Method
 from .replacement import STATIC, put, refuse_others
@@ -57,6 +59,9 @@ def convert(
     earlier = {name: label for name, label in getattr(model, "conversion", {}).items() if not label.startswith(STATIC)}
     static = {name: STATIC + reason for name, reason in reasons_of(model, job.static).items() if name not in labels}
     model.conversion = {**earlier, **labels, **static}
+    heads = [name for name in heads_of(model, ()) if name in labels]
+    if heads and callable(getattr(model, "reset_classifier", None)):
+        model.reset_classifier = ResetClassifier(model, job, heads)
     return model
 
 

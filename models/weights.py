@@ -106,6 +106,16 @@ def _classifier_keys(model: nn.Module) -> tuple[str, ...]:
     return (*(f"{name}." for name in names), *warehouses)
 
 
+def load_trained(model: nn.Module, source: str | os.PathLike, model_key: str = "model|module") -> bool:
+    """Load the weights of a trained model of the same kind; a classifier of another size keeps its initial weights.
+
+    The arguments and the errors are those of `load_static`, without timm's weights.
+    """
+    state, differs = fitting_state(model, state_dict_of(read_checkpoint(source), model_key), str(source))
+    model.load_state_dict(state, strict=False)
+    return differs
+
+
 def load_static(model: nn.Module, source: str, model_key: str = "model|module") -> bool:
     """Load the weights of a trained static network; a classifier of another size keeps its initial weights.
 

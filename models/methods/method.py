@@ -186,6 +186,15 @@ class Method:
         """Complete the model once the layers are in their places; returns the names of other layers replaced here."""
         return []
 
+    def renewed(self, name: str, old: nn.Module) -> nn.Module | None:
+        """The dynamic layer for a classifier that was replaced by a static one of another size; None: it stays static.
+
+        Args:
+            name: of the classifier in the model.
+            old: the dynamic layer that was there before, or what stood there without classes.
+        """
+        return self.make([name])[name]
+
     def label(self, name: str) -> str:
         """The entry of `model.conversion` for a layer."""
         return self.name

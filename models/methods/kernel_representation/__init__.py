@@ -159,12 +159,8 @@ class KRMethod(Method):
         stem, last = self.model.get_submodule(self.stem()), self.model.get_submodule(names[-1])
         heads = last._relay.layers[len(names) :]
         for head in heads:
-            static = self.model.get_submodule(head)
-            kwargs = {"representation": last.generator.out_features, "relay": last._relay, "layer": head}
-            layer = replacement(static, head, {nn.Linear: KRClassifier}, **kwargs)
-            # the weights that the model's own initialisation gave its classifier
-            layer.weight.data[:, : static.in_features].copy_(static.weight.data)
-            put(self.model, {head: layer}, self.keep_weights)
+            self.head_settings = {"representation": last.generator.out_features, "relay": last._relay}
+            put(self.model, {head: self.renewed(head)}, self.keep_weights)
         self.model.kernel_representation = KernelRepresentation(
             last._relay,
             getattr(stem, "in_channels", None),
@@ -174,6 +170,13 @@ class KRMethod(Method):
         )
         self.model.kernel_representation.attach(self.model, stem, last)
         return list(heads)
+
+    def renewed(self, name: str, old: nn.Module | None = None) -> nn.Module:
+        static = self.model.get_submodule(name)
+        layer = replacement(static, name, {nn.Linear: KRClassifier}, layer=name, **self.head_settings)
+        # the weights that the model's own initialisation gave its classifier
+        layer.weight.data[:, : static.in_features].copy_(static.weight.data)
+        return layer
 
 
 def _geometry(module: nn.Module) -> tuple[int, int, int, int]:

@@ -22,11 +22,18 @@ from .growth import DEFAULT_SHARES, FEW, attention_sizes, channels_of, is_within
 from .layer import ATTENTION_FUNCTIONS, KWAttention, KWConv1d, KWConv2d, KWConv3d, KWLinear, attention_size
 from .plans import explicit, family, group, half_mobilenetv2, share
 from .query_key_value import split_projections
-from .warehouse import ATTENTION_INITS, Warehouse, Warehouses, warehouse_layers, warehouse_stages
+from .warehouse import (
+    ATTENTION_INITS,
+    Warehouse,
+    Warehouses,
+    drop_unused_warehouses,
+    warehouse_layers,
+    warehouse_stages,
+)
 
 __all__ = [
     "HalfMobileNetV2Method", "KWAttention", "KWConv1d", "KWConv2d", "KWConv3d", "KWLinear", "KWMethod", "KWStarMethod",
-    "Warehouse", "Warehouses", "warehouse_layers", "warehouse_stages",
+    "Warehouse", "Warehouses", "drop_unused_warehouses", "warehouse_layers", "warehouse_stages",
 ]  # fmt: skip
 
 _CELL_RATIO = {"nargs": "+", "above": 0, "high": 1}
@@ -290,6 +297,18 @@ class KWMethod(Method):
                 stacklevel=3,
             )
         return []
+
+    def renewed(self, name: str, old: nn.Module) -> nn.Module | None:
+        house = self.label(name)
+        if self.groups[house] != [name]:
+            return None
+        self.groups, groups = {house: [name]}, self.groups
+        try:
+            made = super().renewed(name, old)
+        finally:
+            self.groups = groups
+        self.model.warehouses[house] = self.made[house]
+        return made
 
     def label(self, name: str) -> str:
         return next(warehouse for warehouse, layers in self.groups.items() if name in layers)

@@ -258,6 +258,17 @@ def warehouse_layers(model: nn.Module) -> dict[str, list[str]]:
     return users
 
 
+def drop_unused_warehouses(model: nn.Module) -> list[str]:
+    """Drop the warehouses that no layer takes cells from any more, and return their names.
+
+    Their cells would get no gradient, and DistributedDataParallel would stop with an error.
+    """
+    unused = [key.split(".")[1] for key, layers in warehouse_layers(model).items() if not layers]
+    for name in unused:
+        del model.warehouses[name]
+    return unused
+
+
 def warehouse_stages(model: nn.Module, stage_of: Callable[[str], int]) -> dict[str, int]:
     """Parameter name of every warehouse -> the stage that most of its layers are in; of several, the last.
 
