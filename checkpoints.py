@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from models import load_weights, set_temperature, temperature_range
 from models.config import ConfigError
+from models.options import all_options
 from models.reader import read_checkpoint
 from models.weights import fitting_state, state_dict_of
 from utils import Process, gather, is_main_process, log, set_seed
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
 
 FORMAT = 1
+# options of a machine, which a checkpoint of another one does not decide
+LOCAL = {"data_path", "eval_data_path", "device", "num_workers", "pin_mem", "nb_classes"}
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -213,6 +216,31 @@ def find(args: argparse.Namespace, output: Path | None) -> tuple[dict[str, Any] 
         return None, None
     log(f"{'evaluating' if args.eval else 'resuming from'} {path}")
     return read(path), path
+
+
+def adopt(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Take the options of a run from the checkpoint of --resume, since nothing else names a model.
+
+    Args:
+        args: all options; those that are neither given nor a matter of the machine become the checkpoint's.
+        given: options that the command line, the config or the recipe gave; extended.
+
+    Raises:
+        ConfigError: the checkpoint does not hold the options of its run.
+    """
+    own = read(args.resume).get("args")
+    if not isinstance(own, dict) or "model" not in own:
+        raise ConfigError(
+            f"--resume {args.resume}: this checkpoint does not tell its model; give --kw_config or --model"
+        )
+    for name, option in all_options().items():
+        if option.group in ("run", "checkpoints", "processes") or name in LOCAL or name in given or name not in own:
+            continue
+        # a setting that was not given is the method's choice; earlier checkpoints do not tell which were given
+        if name in own["given"] if "given" in own else own[name] != option.default:
+            setattr(args, name, own[name])
+            given[name] = own[name]
+    args.given = sorted(given)
 
 
 def load(model: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:

@@ -38,7 +38,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
         # trained weights need no annealing; the config's is for random ones
         given["temp_epoch"] = 0
     defaults = {name: option.default for name, option in all_options().items()}
-    return argparse.Namespace(**{**defaults, **given}), given
+    return argparse.Namespace(**{**defaults, **given}, given=sorted(given)), given
 
 
 class _Parser(argparse.ArgumentParser):

@@ -26,6 +26,11 @@ def main(argv: list[str] | None = None) -> int:
         args, given = parse_command_line(argv)
         if args.dry_run:
             return report(args, given)
+        if args.resume and "model" not in given:
+            # loads torch, so that a mistake in the options is still refused at once
+            from checkpoints import adopt
+
+            adopt(args, given)
         check_paths(args)
     except ConfigError as error:
         return fail(error)

@@ -13,6 +13,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 # timeout for a server that does not answer
 SECONDS = 30
@@ -22,7 +24,8 @@ def read_checkpoint(source: str | os.PathLike) -> Any:
     """Read the content of a checkpoint file. No code in the file is run.
 
     Args:
-        source: path, or URL (http, https). A downloaded file is kept in torch.hub's folder.
+        source: path, or URL (http, https), of a file of torch.save or of safetensors (by its suffix). A downloaded file
+            is kept in torch.hub's folder.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -41,6 +44,11 @@ def read_checkpoint(source: str | os.PathLike) -> Any:
 
 def _read(path: Path, name: str | os.PathLike) -> Any:
     """Read a file; error messages call it by the given name, such as its URL."""
+    if str(name).endswith(".safetensors"):
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"checkpoint '{name}' is not a safetensors file: {_first_line(error)}") from None
     try:
         # torch does not notice a flipped bit, but the checksums of the zip file do
         if zipfile.is_zipfile(path):

@@ -8,6 +8,7 @@ import http.server
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -512,3 +513,32 @@ def test_tensorboard(tmp_path):
 
 def test_words():
     assert words(a=True, b=None, c=[1, 2]) == ["--a", "true", "--b", "none", "--c", "1", "2"]
+
+
+def test_a_checkpoint_is_evaluated_and_continued_without_its_config(tmp_path, capsys):
+    """It carries the options of its run: the model with its settings, the data set and the preprocessing."""
+    model = {"model": "kw_test_resnet", **KW, "cell_num_ratio": 2}
+    assert main.main(quick(**model, epochs=1, output_dir=tmp_path)) == 0
+    path = tmp_path / "checkpoint-0.pth"
+    capsys.readouterr()
+    assert main.main(words(eval=True, resume=path, device="cpu")) == 0
+    alone = re.search(r"Acc@1 .*", capsys.readouterr().out)[0]
+    assert main.main(quick(**model, eval=True, resume=path)) == 0
+    assert re.search(r"Acc@1 .*", capsys.readouterr().out)[0] == alone
+    assert main.main(words(resume=path, epochs=2, output_dir=tmp_path, device="cpu")) == 0
+    assert read(tmp_path / "checkpoint-1.pth")["args"]["lr"] == read(path)["args"]["lr"]
+    torch.save({"model": build_model({"model": "test_resnet"}).state_dict()}, tmp_path / "bare.pth")
+    assert main.main(words(eval=True, resume=tmp_path / "bare.pth", device="cpu")) == 2
+    assert "does not tell its model; give --kw_config or --model" in capsys.readouterr().err
+
+
+def test_safetensors(tmp_path):
+    from safetensors.torch import save_file
+
+    model = build_model({"model": "kw_test_resnet", **KW}, num_classes=5)
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    again = load_weights(build_model({"model": "kw_test_resnet", **KW}, num_classes=5), tmp_path / "x.safetensors")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"x\.safetensors' is not a safetensors file"):
+        load_weights(again, tmp_path / "x.safetensors")
