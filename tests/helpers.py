@@ -176,3 +176,8 @@ def finish(command, timeout, env=None, cwd=ROOT):
     with started(command, env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def replaced(net):
+    """The layers that a conversion made dynamic -> their warehouses or methods."""
+    return {name: label for name, label in net.conversion.items() if not label.startswith("static: ")}

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import replaced
 from layer_checks import assert_samples_are_independent, assert_single_sample_is_evaluated, gradients, randomize
 from tolerance import RELATIVE, assert_same, difference
 from torch import nn
@@ -326,8 +327,8 @@ def test_parameters_of_the_tables(name):
 
 def test_what_is_replaced():
     with torch.device("meta"):
-        names = {name: list(build_model({"model": name}).conversion) for name in TABLES}
-        other = list(build_model({"model": "dcd_convnext_atto"}).conversion)
+        names = {name: list(replaced(build_model({"model": name}))) for name in TABLES}
+        other = list(replaced(build_model({"model": "dcd_convnext_atto"})))
     static = {"conv1", "layer2.0.downsample.0", "layer3.0.downsample.0", "layer4.0.downsample.0"}
     assert len(names["dcd_resnet18"]) == 17 and "fc" in names["dcd_resnet18"]
     assert not static & set(names["dcd_resnet18"])
@@ -363,7 +364,7 @@ def test_any_network(method, backbone):
     except ValueError as error:
         assert method == "cgc" and "no layer" in str(error)
         return
-    assert set(model.conversion.values()) == {method} and temperature_range(model) == (0.0, 0.0)
+    assert set(replaced(model).values()) == {method} and temperature_range(model) == (0.0, 0.0)
     size = model.default_cfg["input_size"][-1] if "vit" in backbone else 32
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
     model.train()(x).square().sum().backward()

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import replaced
 from naive_representation import LAYERS, gradients, image, make_net, naive_frequencies, naive_net, naive_unit, randomize
 from tolerance import assert_same, difference
 from torch import nn
@@ -181,7 +182,7 @@ def test_low_frequencies_stay_precise_under_autocast():
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
 def test_network_equals_equations(training, start, norm):
     net = make_net(training, representation_start=start, representation_norm=norm)
-    assert list(net.conversion) == [*LAYERS, "head"]
+    assert list(replaced(net)) == [*LAYERS, "head"]
     # 4 units
     assert net.head.in_features == 12 + 64 + 4 * 6
     x = image().requires_grad_()

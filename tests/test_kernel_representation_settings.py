@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import replaced
 from naive_representation import LAYERS, Net, assert_empty, image, make_net, naive_unit
 from tolerance import assert_same, difference
 from torch import nn
@@ -20,7 +21,7 @@ def test_without_representation():
     """Table 6, dynamic kernels without kernel representation: units that see their input only, and nothing else."""
     net = make_net(representation=False)
     assert type(net.head) is nn.Linear and not hasattr(net, "kernel_representation")
-    assert list(net.conversion) == LAYERS
+    assert list(replaced(net)) == LAYERS
     assert not [key for key in net.state_dict() if "generator" in key]
     x = image()
     y = F.gelu(F.conv2d(x, net.stem.weight, net.stem.bias, 2, 1))
@@ -102,7 +103,7 @@ def test_units_of_transformers():
     with torch.device("meta"):
         model = build_model({"model": "kr_vit_nano"})
     parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    assert list(model.conversion) == [f"blocks.{i}.{part}" for i in range(12) for part in parts] + ["head"]
+    assert list(replaced(model)) == [f"blocks.{i}.{part}" for i in range(12) for part in parts] + ["head"]
     for block in model.blocks:
         for first, last in ((block.attn.qkv, block.attn.proj), (block.mlp.fc1, block.mlp.fc2)):
             assert first.fusion is not None and first.generator is None

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from helpers import replaced
 from tolerance import NETWORK, difference
 from torch import nn
 
@@ -95,7 +96,7 @@ def test_checkpoints_of_an_earlier_version(name, tmp_path):
     torch.save({"model": state, "epoch": 3}, tmp_path / "checkpoint.pth")
     model = load_weights(build_model(record["config"], num_classes=7), tmp_path / "checkpoint.pth")
     assert list(model.state_dict()) == list(record["keys"])
-    assert getattr(model, "conversion", {}) == record["conversion"]
+    assert (replaced(model) if hasattr(model, "conversion") else {}) == record["conversion"]
     if record["temperature"]:
         set_temperature(model, record["temperature"])
     x = fill.make_input(record["input"], record["seed"]).double()

@@ -87,4 +87,4 @@ def test_package(tmp_path):
     program = f"import kernelwarehouse as k; print(k.__file__, len(k.build_model({str(config)!r}).conversion))"
     code, output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert code == 0, output
-    assert output.split() == [str(tmp_path / "site/kernelwarehouse/__init__.py"), "19"]
+    assert output.split() == [str(tmp_path / "site/kernelwarehouse/__init__.py"), "21"]

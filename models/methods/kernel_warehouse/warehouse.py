@@ -178,7 +178,8 @@ class Warehouse(Shared):
                 f"warehouse '{self.name}': attention_init '{strategy}' needs cell_num_ratio "
                 f"{'above' if strategy == 'k-to-one' else 'below'} 1, not {b}; use 'one-to-one'"
             )
-        beta = torch.zeros(m, self.n + 1)
+        # exact also for a layer of float64
+        beta = torch.zeros(m, self.n + 1, dtype=torch.float64 if strategy == "static" else None)
         if strategy == "all-to-one":
             beta[:, : self.n] = 1.0
         elif strategy in ("k-to-one", "one-to-k"):
