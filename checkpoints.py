@@ -23,7 +23,7 @@ import torch.distributed as dist
 from models import load_weights, set_temperature, temperature_range, warehouse_layers
 from models.config import ConfigError
 from models.reader import read_checkpoint
-from models.weights import matched_state, state_dict_of
+from models.weights import matched_state, state_dict_of, take_state
 from utils import Process, gather, is_main_process, log, set_seed
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def finetune(model: torch.nn.Module, args: argparse.Namespace) -> None:
     differing = missing + unexpected + wrong
     if differing:
         raise ConfigError(f"{path}: of another model; the first keys that differ: {', '.join(differing[:5])}")
-    model.load_state_dict(state, strict=False)
+    take_state(model, state, strict=False)
 
 
 def _classifier_keys(model: torch.nn.Module) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Loads weights strictly: this project's, and the released ones of KernelWarehouse and ODConv."""
 
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,5 +108,17 @@ def load_weights(
             if keys
         ]
         raise ValueError(f"{name} is of another model: {'; '.join(parts)}. Use the config that it was trained with")
-    model.load_state_dict(state)
+    take_state(model, state)
     return model
+
+
+def take_state(model: nn.Module, state: dict[str, Any], strict: bool = True) -> None:
+    """Load a state dict that `matched_state` has compared with the model.
+
+    Modules such as torchvision's MNASNet check the version of a state dict, which renaming drops. Names and shapes that
+    are those of the model are of its version, too.
+    """
+    versions = model.state_dict()._metadata
+    state = OrderedDict(state)
+    state._metadata = versions
+    model.load_state_dict(state, strict=strict)
