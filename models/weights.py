@@ -118,7 +118,6 @@ def take_state(model: nn.Module, state: dict[str, Any], strict: bool = True) -> 
     Modules such as torchvision's MNASNet check the version of a state dict, which renaming drops. Names and shapes that
     are those of the model are of its version, too.
     """
-    versions = model.state_dict()._metadata
     state = OrderedDict(state)
-    state._metadata = versions
+    state._metadata = model.state_dict()._metadata
     model.load_state_dict(state, strict=strict)
