@@ -24,7 +24,7 @@ from models import load_weights, set_temperature, temperature_range
 from models.config import ConfigError
 from models.options import all_options
 from models.reader import read_checkpoint
-from models.weights import fitting_state, state_dict_of
+from models.weights import load_fitting, state_dict_of
 from utils import Process, gather, is_main_process, log, set_seed
 
 if TYPE_CHECKING:
@@ -272,12 +272,11 @@ def finetune(model: torch.nn.Module, args: argparse.Namespace) -> None:
     try:
         state = state_dict_of(checkpoint, args.model_key)
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        state, differs = fitting_state(model, state, path)
+        differs = load_fitting(model, state, path)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if differs:
         log(f"{path}: its classifier has another size and is left out")
-    model.load_state_dict(state, strict=False)
 
 
 def training_state(

@@ -1,6 +1,7 @@
 """Loads weights strictly: this project's, and the released ones of KernelWarehouse and ODConv."""
 
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,16 +70,16 @@ def matched_state(
     return state, missing, unexpected, wrong
 
 
-def fitting_state(model: nn.Module, state: dict[str, Any], name: str) -> tuple[dict[str, Any], bool]:
-    """The state dict of a trained network for a model whose classifier may have another size.
+def load_fitting(model: nn.Module, state: dict[str, Any], name: str) -> bool:
+    """Load the state dict of a trained network; a classifier of another size keeps its initial weights.
 
     Args:
-        model: the model to load into, with `load_state_dict(..., strict=False)` if the classifier is left out.
+        model: the model to load into, changed in place.
         state: state dict of this project or another.
         name: of the checkpoint, for messages.
 
     Returns:
-        The renamed state dict without the classifier where its size differs, and whether it does.
+        Whether the classifier was left out.
 
     Raises:
         ValueError: the checkpoint is of another model; lists the first keys that differ.
@@ -95,7 +96,8 @@ def fitting_state(model: nn.Module, state: dict[str, Any], name: str) -> tuple[d
         if any(f"{layer}.weight" in unexpected for layer in getattr(model, "conversion", {})):
             text += ". If these are the weights of the static network, give them as --init_static"
         raise ValueError(text)
-    return state, differs
+    take_state(model, state, strict=False)
+    return differs
 
 
 def _classifier_keys(model: nn.Module) -> tuple[str, ...]:
@@ -111,9 +113,7 @@ def load_trained(model: nn.Module, source: str | os.PathLike, model_key: str = "
 
     The arguments and the errors are those of `load_static`, without timm's weights.
     """
-    state, differs = fitting_state(model, state_dict_of(read_checkpoint(source), model_key), str(source))
-    model.load_state_dict(state, strict=False)
-    return differs
+    return load_fitting(model, state_dict_of(read_checkpoint(source), model_key), str(source))
 
 
 def load_static(model: nn.Module, source: str, model_key: str = "model|module") -> bool:
@@ -135,9 +135,7 @@ def load_static(model: nn.Module, source: str, model_key: str = "model|module") 
         state = _timm_state(source.removeprefix("timm:"))
     else:
         state = state_dict_of(read_checkpoint(source), model_key)
-    state, differs = fitting_state(model, state, source)
-    model.load_state_dict(state, strict=False)
-    return differs
+    return load_fitting(model, state, source)
 
 
 def _timm_state(name: str) -> dict[str, Any]:
@@ -191,5 +189,16 @@ def load_weights(
             if keys
         ]
         raise ValueError(f"{name} is of another model: {'; '.join(parts)}. Use the config that it was trained with")
-    model.load_state_dict(state)
+    take_state(model, state)
     return model
+
+
+def take_state(model: nn.Module, state: dict[str, Any], strict: bool = True) -> None:
+    """Load a state dict that `matched_state` has compared with the model.
+
+    Modules such as torchvision's MNASNet check the version of a state dict, which renaming drops. Names and shapes that
+    are those of the model are of its version, too.
+    """
+    state = OrderedDict(state)
+    state._metadata = model.state_dict()._metadata
+    model.load_state_dict(state, strict=strict)

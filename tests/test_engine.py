@@ -174,11 +174,11 @@ def test_temperature_schedule():
     assert temperature_at(0, 5, 0, 1.0) == 0.0
 
 
-@pytest.mark.parametrize("finetune, expected", [("", 0.25), ("weights.pth", 0.0)])
-def test_temperature_reaches_the_layers(finetune, expected):
+@pytest.mark.parametrize("temp_epoch, expected", [(1, 0.25), (0, 0.0)])
+def test_temperature_reaches_the_layers(temp_epoch, expected):
     model = small_model("kw_test_resnet")
     set_temperature(model, 1.0)
-    metrics = train(model, options(batch_size=16, finetune=finetune))
+    metrics = train(model, options(batch_size=16, temp_epoch=temp_epoch))
     assert get_temperature(model) == pytest.approx(expected) == metrics["temperature"]
 
 

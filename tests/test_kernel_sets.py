@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from layer_checks import gradients, kernel_of_cells, randomize
+from layer_checks import gradients, kernel_of_cells, randomize, take_statistics
 from tolerance import assert_same, difference
 from torch import nn
 
@@ -315,13 +315,9 @@ KEPT = {
 def test_keep_weights_keeps_the_function(name, backbone):
     """From the first temperature of a training on, for all methods."""
     static = timm.create_model(backbone, num_classes=5).double()
-    for module in static.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
     x = torch.randn(8, 3, 64, 64, dtype=torch.float64)
+    take_statistics(static, x)
     with torch.no_grad():
-        # statistics that fit the weights
-        static.train()(x)
         expected = static.eval()(x[:2])
         model = convert(static, name.split("-")[0], keep_weights=True, **KEPT[name])
         set_temperature(model, temperature_range(model)[0])

@@ -36,7 +36,7 @@ SLOW = """
     visformer_tiny volo_d1_224 xception41 xcit_nano_12_p16_224
 """.split()
 TORCHVISION = """
-    alexnet convnext_tiny densenet121 googlenet mnasnet0_5 mobilenet_v3_small regnet_y_400mf shufflenet_v2_x0_5
+    alexnet convnext_tiny densenet121 googlenet mobilenet_v3_small regnet_y_400mf shufflenet_v2_x0_5
     swin_t vgg11
 """.split()
 
@@ -75,7 +75,7 @@ def test_timm(name, prefix, tmp_path):
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize(
     "name",
-    quick_and_slow(["squeezenet1_1", "mobilenet_v2"], TORCHVISION),
+    quick_and_slow(["squeezenet1_1", "mobilenet_v2", "mnasnet0_5"], TORCHVISION),
 )
 def test_torchvision(name, dynamic, tmp_path):
     def make():
