@@ -218,21 +218,21 @@ def find(args: argparse.Namespace, output: Path | None) -> tuple[dict[str, Any] 
     return read(path), path
 
 
-def adopt(args: argparse.Namespace, given: dict[str, Any]) -> None:
-    """Take the options of a run from the checkpoint of --resume, since nothing else names a model.
+def adopt(args: argparse.Namespace, given: dict[str, Any], checkpoint: dict[str, Any], path: str) -> None:
+    """Take the options of a run from its checkpoint, since nothing else names a model.
 
     Args:
         args: all options; those that are neither given nor a matter of the machine become the checkpoint's.
         given: options that the command line, the config or the recipe gave; extended.
+        checkpoint: content of the checkpoint.
+        path: its path, for the error message.
 
     Raises:
         ConfigError: the checkpoint does not hold the options of its run.
     """
-    own = read(args.resume).get("args")
+    own = checkpoint.get("args")
     if not isinstance(own, dict) or "model" not in own:
-        raise ConfigError(
-            f"--resume {args.resume}: this checkpoint does not tell its model; give --kw_config or --model"
-        )
+        raise ConfigError(f"{path}: this checkpoint does not tell its model; give --kw_config or --model")
     for name, option in all_options().items():
         if option.group in ("run", "checkpoints", "processes") or name in LOCAL or name in given or name not in own:
             continue

@@ -50,11 +50,16 @@ def make_data(args: argparse.Namespace, is_train: bool) -> Dataset:
 
 @dataclass
 class Loaders:
-    """The loaders of a run; `train` is None in a run that only evaluates, `evaluation` in one that never does."""
+    """The loaders of a run, and its classes.
+
+    `train` is None in a run that only evaluates, `evaluation` in one that never does, `classes` where the data do not
+    name them.
+    """
 
     train: DataLoader | None
     evaluation: DataLoader | None
     nb_classes: int
+    classes: list[str] | None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the training images; call it before every epoch."""
@@ -96,7 +101,7 @@ def make_loaders(args: argparse.Namespace, given: dict[str, Any], process: Proce
         "pin_memory": args.pin_mem and process.device.type == "cuda",
         "persistent_workers": workers > 0,
     }
-    loaders = Loaders(None, None, nb_classes)
+    loaders = Loaders(None, None, nb_classes, None if classes is None else list(map(str, classes)))
     if isinstance(train_data, StreamData):
         train_data.reader.set_loader_cfg(workers)
         train_data.rank = process.rank

@@ -28,9 +28,9 @@ def main(argv: list[str] | None = None) -> int:
             return report(args, given)
         if args.resume and "model" not in given:
             # loads torch, so that a mistake in the options is still refused at once
-            from checkpoints import adopt
+            from checkpoints import adopt, read
 
-            adopt(args, given)
+            adopt(args, given, read(args.resume), args.resume)
         check_paths(args)
     except ConfigError as error:
         return fail(error)
@@ -130,6 +130,7 @@ def run(args: argparse.Namespace, given: dict[str, Any]) -> None:
 
     # data
     loaders = make_loaders(args, given, process)
+    args.nb_classes, args.classes = loaders.nb_classes, loaders.classes
 
     # model: every process makes the same initial weights, and later gets a random stream of its own
     utils.set_seed(args.seed)
