@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make_glyphs
 import matplotlib
 import numpy as np
 import pytest
+import study
 import torch
 from helpers import ROOT, quick
 
@@ -16,10 +18,6 @@ import main
 from loading.images import GlyphsData
 from models import build_model
 from models.config import ConfigError
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import make_glyphs
-import study
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts/ttf"
 # designs that every machine has, in the place of Debian's
