@@ -18,6 +18,8 @@ from .anatomy import layers_of, stem_of
 
 # heights and widths of images that are tried where a network does not tell its own
 SIZES = (224, 64, 32)
+# a number that is hardly the size of another dimension, so that the samples are found in those of a layer's input
+BATCH = 13
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Trial:
         shape: of the input that the network accepted, with its batch.
         order: names of the layers, once for every time that one ran.
         positions: name -> positions of the layer's output in one sample, of the last time that it ran.
+        inputs: name -> shape of the layer's input, of the last time that it ran.
         read: names of the layers whose weight another module read, as by `F.linear(x, self.proj.weight)`. A dynamic
             layer has no such weight: the network would fail, or compute without the layer.
     """
@@ -37,7 +40,17 @@ class Trial:
     shape: tuple[int, ...] = ()
     order: list[str] = field(default_factory=list)
     positions: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
+
+    def samples_are_elsewhere(self, name: str) -> bool:
+        """Whether the samples of a layer's input are in its second dimension, as in [tokens, B, C]."""
+        shape = self.inputs.get(name, ())
+        return len(shape) > 2 and shape[0] % BATCH != 0 and shape[1] % BATCH == 0
+
+    def samples_are_whole(self, name: str) -> bool:
+        """Whether each sample of a layer's input is one of the network, not a part such as a window."""
+        return name not in self.inputs or self.inputs[name][0] == BATCH
 
 
 def try_out(model: nn.Module, names: Sequence[str]) -> Trial:
@@ -63,7 +76,8 @@ def try_out(model: nn.Module, names: Sequence[str]) -> Trial:
             except Exception:
                 # the network takes another size or several inputs; it may raise anything
                 continue
-            result = Trial(shape, runs[-1].order, runs[-1].positions, result.read | runs[-1].read)
+            runs[-1].read |= result.read
+            result = runs[-1]
             if len(shape) > 3:
                 # one image is enough; a linear stem may take both vectors and tokens
                 break
@@ -84,6 +98,7 @@ def _watched(kind: type[nn.Module], name: str, runs: list[Trial]) -> type[nn.Mod
                 self.__dict__["is_running"] = False
             runs[-1].order.append(name)
             runs[-1].positions[name] = _positions(self, y)
+            runs[-1].inputs[name] = tuple(args[0].shape) if args else ()
             return y
 
         def __getattr__(self, attribute):
@@ -102,17 +117,17 @@ def _inputs(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """Shapes of inputs that a network may take, the likeliest first."""
     config = getattr(model, "pretrained_cfg", None) or {}
     if config.get("input_size"):
-        yield (2, *config["input_size"])
+        yield (BATCH, *config["input_size"])
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     stem = layers_of(model)[stem_of(model)]
     if isinstance(stem, nn.Linear):
-        yield (2, stem.in_features)
-        yield (2, 16, stem.in_features)
+        yield (BATCH, stem.in_features)
+        yield (BATCH, 16, stem.in_features)
         return
     dims = len(stem.kernel_size)
     if size is not None and dims == 2:
-        yield (2, stem.in_channels, *size)
+        yield (BATCH, stem.in_channels, *size)
     # a network may register another layer before the first, so images are tried as well
     for channels, side in itertools.product(dict.fromkeys((stem.in_channels, 3, 1)), SIZES):
         # videos of 16 frames
-        yield (2, channels, *((16,) if dims == 3 else ()), *(side,) * min(dims, 2))
+        yield (BATCH, channels, *((16,) if dims == 3 else ()), *(side,) * min(dims, 2))

@@ -13,8 +13,8 @@ from pathlib import Path
 from train_digits import ROOT, name_of, run, spread
 
 STATIC = "configs/digits/test_resnet.json"
-# these add attention to features, and have no kernels of their own
-WITHOUT_KERNELS = ("se_", "cbam_", "eca_")
+# these add attention to features and have no kernels of their own, or are the same as another from static weights
+LEFT_OUT = ("se_", "cbam_", "eca_", "kw1x_static_")
 # of the second training
 OPTIONS = ["--epochs", "4", "--lr", "0.001", "--warmup_epochs", "1"]
 HEAD = """# From static weights
@@ -38,7 +38,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     found = sorted((ROOT / "configs/digits").glob("*_test_resnet.json"))
-    found = [str(path.relative_to(ROOT)) for path in found if not path.name.startswith(WITHOUT_KERNELS)]
+    found = [str(path.relative_to(ROOT)) for path in found if not path.name.startswith(LEFT_OUT)]
     text = HEAD.format(seeds=", ".join(map(str, args.seeds)))
     with tempfile.TemporaryDirectory() as folder:
         trained = {seed: Path(folder) / f"{seed}" for seed in args.seeds}

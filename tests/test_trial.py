@@ -106,3 +106,32 @@ def test_what_cannot_be_tried_is_taken_as_it_is():
             return self.a(x) + self.b(y)
 
     assert try_out(Unlike(), ["a", "b"]) == Trial()
+
+
+class Elsewhere(nn.Module):
+    """Samples in the second dimension, as in PyTorch's own transformers, and windows in the place of samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.plain, self.tokens, self.windows = (nn.Linear(8, 8) for _ in range(4))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.plain(self.stem(x))
+        x = self.tokens(x.transpose(0, 1)).transpose(0, 1)
+        x = self.windows(x.reshape(-1, 4, 8)).reshape(x.shape)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("method", ["odconv", "kw", "kr"])
+def test_samples_in_another_dimension_are_never_mixed(method):
+    net, x = Elsewhere().double().eval(), torch.randn(3, 16, 8, dtype=torch.float64)
+    layers = ["plain", "to*", "win*"]
+    given = {"layers": layers, **({"representation_start": "learned"} if method == "kr" else {})}
+    if method == "kw":
+        given = {"warehouses": {"all": {"layers": layers, "cell_inplane_ratio": 0.5}}}
+    with pytest.warns(UserWarning, match="left static, since the samples are in the second dimension"):
+        convert(net, method, **given)
+    assert type(net.tokens) is nn.Linear and type(net.plain) is not nn.Linear
+    assert (type(net.windows) is nn.Linear) == (method == "kr")
+    assert_same(net(x)[1:2], net(x[1:2]))

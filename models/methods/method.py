@@ -127,8 +127,12 @@ class Method:
 
     def unfit(self, names: Sequence[str]) -> dict[str, str]:
         """Those of the chosen layers that the method cannot replace in this network -> why."""
-        read = () if self.is_known else self.trial.read
-        return {name: "another module of the network reads its weight" for name in names if name in read}
+        if self.is_known:
+            return {}
+        read = "another module of the network reads its weight"
+        elsewhere = "the samples are in the second dimension of its input, and it would mix theirs"
+        found = {name: elsewhere for name in names if self.trial.samples_are_elsewhere(name)}
+        return found | {name: read for name in names if name in self.trial.read}
 
     def prepared(self) -> contextlib.AbstractContextManager[None]:
         """A context that changes the model as the layers need it, and undoes the changes if its body fails."""

@@ -66,13 +66,17 @@ class KRMethod(Method):
         return self.in_order(super().choose())
 
     def unfit(self, names: Sequence[str]) -> dict[str, str]:
-        runs = Counter() if self.is_known or not self.given["representation"] else Counter(self.trial.order)
-        often = {
-            name: f"it runs {runs[name]} times in a pass" if runs[name] else "it does not run in evaluation"
-            for name in names
-            if runs and runs[name] != 1
-        }
-        return {**often, **super().unfit(names)}
+        if self.is_known or not self.given["representation"] or not self.trial.order:
+            return super().unfit(names)
+        runs, found = Counter(self.trial.order), {}
+        for name in names:
+            if not runs[name]:
+                found[name] = "it does not run in evaluation"
+            elif runs[name] > 1:
+                found[name] = f"it runs {runs[name]} times in a pass"
+            elif not self.trial.samples_are_whole(name):
+                found[name] = "it takes parts of an image as samples, which have no representation of their own"
+        return {**found, **super().unfit(names)}
 
     def arguments(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Name -> keyword arguments of each layer: its part of its unit, and the relay.
