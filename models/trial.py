@@ -43,12 +43,11 @@ class Trial:
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
 
-    def samples_are_elsewhere(self, name: str) -> bool:
-        """Whether the samples of a layer's input are in its second dimension, as in [tokens, B, C]."""
-        shape = self.inputs.get(name, ())
-        return len(shape) > 2 and shape[0] % BATCH != 0 and shape[1] % BATCH == 0
+    def has_no_samples(self, name: str) -> bool:
+        """Whether the first dimension of a layer's input is not that of samples, as in [tokens, B, C]."""
+        return name in self.inputs and self.inputs[name][0] % BATCH != 0
 
-    def samples_are_whole(self, name: str) -> bool:
+    def has_whole_samples(self, name: str) -> bool:
         """Whether each sample of a layer's input is one of the network, not a part such as a window."""
         return name not in self.inputs or self.inputs[name][0] == BATCH
 
@@ -98,7 +97,7 @@ def _watched(kind: type[nn.Module], name: str, runs: list[Trial]) -> type[nn.Mod
                 self.__dict__["is_running"] = False
             runs[-1].order.append(name)
             runs[-1].positions[name] = _positions(self, y)
-            runs[-1].inputs[name] = tuple(args[0].shape) if args else ()
+            runs[-1].inputs[name] = tuple([*args, *kwargs.values()][0].shape)
             return y
 
         def __getattr__(self, attribute):

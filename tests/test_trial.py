@@ -130,8 +130,29 @@ def test_samples_in_another_dimension_are_never_mixed(method):
     given = {"layers": layers, **({"representation_start": "learned"} if method == "kr" else {})}
     if method == "kw":
         given = {"warehouses": {"all": {"layers": layers, "cell_inplane_ratio": 0.5}}}
-    with pytest.warns(UserWarning, match="left static, since the samples are in the second dimension"):
+    with pytest.warns(UserWarning, match="left static, since the first dimension of its input is not"):
         convert(net, method, **given)
     assert type(net.tokens) is nn.Linear and type(net.plain) is not nn.Linear
     assert (type(net.windows) is nn.Linear) == (method == "kr")
     assert_same(net(x)[1:2], net(x[1:2]))
+
+
+@pytest.mark.parametrize("method", [name for name in ANYWHERE if name != "cgc"])
+def test_outputs_can_be_viewed(method):
+    """As those of nn.Linear, which are contiguous; CGC replaces no linear layers."""
+
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 12), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.head(self.layer(self.stem(x)).view(len(x), -1, 6).mean(1))
+
+    given = {"representation_start": "learned"} if method == "kr" else {}
+    layers = {"layers": ["lay*"]}
+    if method.startswith("kw"):
+        layers = {"warehouses": {"one": {**layers, "cell_inplane_ratio": 0.5}}}
+    net = convert(Viewing(), method, **layers, **given)
+    assert type(net.layer) is not nn.Linear
+    assert net(torch.randn(3, 4, 5, 8)).shape == (3, 4) and net.eval()(torch.randn(3, 7, 8)).isfinite().all()

@@ -285,7 +285,8 @@ class Linear(DynamicLayer):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
         y = self.convolve(tokens.transpose(1, 2))
-        return y.transpose(1, 2).reshape(*x.shape[:-1], self.out_features)
+        # contiguous as the output of nn.Linear, of which networks may take a view
+        return y.transpose(1, 2).reshape(*x.shape[:-1], self.out_features).contiguous()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.method_repr()}"

@@ -130,8 +130,8 @@ class Method:
         if self.is_known:
             return {}
         read = "another module of the network reads its weight"
-        elsewhere = "the samples are in the second dimension of its input, and it would mix theirs"
-        found = {name: elsewhere for name in names if self.trial.samples_are_elsewhere(name)}
+        elsewhere = "the first dimension of its input is not that of the samples"
+        found = {name: elsewhere for name in names if self.trial.has_no_samples(name)}
         return found | {name: read for name in names if name in self.trial.read}
 
     def prepared(self) -> contextlib.AbstractContextManager[None]:

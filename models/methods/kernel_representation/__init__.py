@@ -74,7 +74,7 @@ class KRMethod(Method):
                 found[name] = "it does not run in evaluation"
             elif runs[name] > 1:
                 found[name] = f"it runs {runs[name]} times in a pass"
-            elif not self.trial.samples_are_whole(name):
+            elif not self.trial.has_whole_samples(name):
                 found[name] = "it takes parts of an image as samples, which have no representation of their own"
         return {**found, **super().unfit(names)}
 
