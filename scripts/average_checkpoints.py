@@ -69,7 +69,10 @@ def check_same(first, other, files):
     options = [weights.get("args", {}) for weights in (first, other)]
     for name in (*NETWORK, "classes"):
         # an earlier checkpoint may lack an option
-        values = [own[name] for own in options if own.get(name) is not None]
+        values = [own[name] for own in options if name in own]
+        if name == "classes":
+            # they were not named
+            values = [names for names in values if names is not None]
         if len(values) == 2 and values[0] != values[1]:
             raise ConfigError(f'{where}: their "{name}" differs: {values[0]} and {values[1]}'[:500])
 

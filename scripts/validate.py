@@ -15,7 +15,6 @@ same.
 
 import csv
 import io
-import os
 import sys
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from command_line import make_parser, merged_options, parse_words
 from loading.transforms import make_transform
 from main import complete, fail, run
 from models.config import ConfigError
-from utils import check_target, write_out
+from utils import check_target, read_launcher, write_out
 
 COLUMNS = "model top1 top1_err top5 top5_err param_count img_size crop_pct interpolation checkpoint".split()
 
@@ -44,7 +43,7 @@ def parse_arguments(argv):
     for name in ("resume", "eval", "dry_run"):
         if name in options:
             raise ConfigError(f"--{name} is not for this script; name the checkpoints to evaluate without an option")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if read_launcher(merged_options(options)[0])[1] > 1:
         raise ConfigError("one process evaluates the checkpoints; start this script without a launcher")
     return options.pop("checkpoints"), check_target(options.pop("output")), options
 
