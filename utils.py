@@ -264,8 +264,12 @@ def write_out(text: str, path: Path | None) -> None:
     if path is None:
         sys.stdout.flush()
         # text in any script, also where the terminal's encoding has another one
-        sys.stdout.buffer.write(text.encode())
-        sys.stdout.flush()
+        try:
+            sys.stdout.buffer.write(text.encode())
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # the reader, such as head, has enough; nothing more is written, not even when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     try:
         replace_file(path, lambda file: file.write(text.encode()))

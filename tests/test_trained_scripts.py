@@ -110,6 +110,12 @@ def test_predictions(last, images, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == lines
 
 
+def test_a_reader_that_has_enough(last, images):
+    command = f"{sys.executable} {ROOT}/scripts/predict.py {last} {images}/val --device cpu | head -c 0"
+    done = finish(["bash", "-o", "pipefail", "-c", command], 60)
+    assert done.returncode == 0 and done.stderr == ""
+
+
 ODD = ['a,b "c"\n.jpg', "d\re.JPG", "\u00e9\u4e16 \U0001f41c.jpeg", b"\xff.jpg", "=1+1.jpg", "-x.jpg", "{}%s'.jpg"]
 
 
