@@ -6,7 +6,6 @@ A checkpoint is a dict of tensors, numbers, strings, lists and dicts: `model`, `
 
 import argparse
 import math
-import os
 import random
 import re
 import sys
@@ -21,11 +20,12 @@ import torch
 import torch.distributed as dist
 
 from models import load_weights, set_temperature, temperature_range
-from models.config import ConfigError
+from models.config import ConfigError, check_value
 from models.options import all_options
 from models.reader import read_checkpoint
+from models.safetensors_file import to_safetensors
 from models.weights import load_fitting, state_dict_of
-from utils import Process, gather, is_main_process, log, set_seed
+from utils import Process, check_target, gather, is_main_process, log, replace_file, set_seed
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
@@ -50,24 +50,57 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def replace_checkpoint(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Like `write_checkpoint`, but `write` is called with an open file and writes the content into it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    replace_file(path, write, _verify_checksums)
+
+
+def _verify_checksums(path: Path) -> None:
+    # torch reads a damaged file without an error; only the checksums of the zip container reveal the damage
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:
+            raise OSError("it does not read back as written")
+
+
+def write_safetensors(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+    """Write a safetensors file, which `read` reads as the checkpoint {**metadata, "model": state}, as safely.
+
+    Args:
+        path: file to write.
+        state: state dict of a model.
+        metadata: the other entries of the checkpoint, such as `args` and `temperature`: numbers, texts, lists, dicts.
+
+    Raises:
+        OSError: writing failed; the old file is intact.
+        ValueError: an entry of the state dict is no tensor, or the metadata do not fit into JSON.
+    """
+    content = to_safetensors(state, metadata)
+    replace_file(path, lambda file: file.write(content))
+
+
+def weights_path(path: str | Path) -> Path:
+    """The path of a file of weights to write, checked before anything slow is done.
+
+    Raises:
+        ConfigError: it has a suffix that `write_weights` does not know, or cannot be written.
+    """
+    if Path(path).suffix not in (".pth", ".safetensors"):
+        raise ConfigError(f"{path}: weights are written to .pth or .safetensors; give a name that ends so")
+    return check_target(path)
+
+
+def write_weights(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint of weights in the format of the file's suffix, .pth or .safetensors.
+
+    Raises:
+        ConfigError: it cannot be written; an older file is intact.
+    """
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        # torch reads a damaged file without an error; only the checksums of the zip container reveal the damage
-        with zipfile.ZipFile(temporary) as archive:
-            if archive.testzip() is not None:
-                raise OSError("it does not read back as written")
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if path.suffix == ".safetensors":
+            rest = {name: value for name, value in checkpoint.items() if name != "model"}
+            write_safetensors(path, checkpoint["model"], rest)
+        else:
+            write_checkpoint(path, checkpoint)
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from None
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> bool:
@@ -230,17 +263,26 @@ def adopt(args: argparse.Namespace, given: dict[str, Any], checkpoint: dict[str,
     Raises:
         ConfigError: the checkpoint does not hold the options of its run.
     """
-    own = checkpoint.get("args")
-    if not isinstance(own, dict) or "model" not in own:
+    own = own_options(checkpoint)
+    if "model" not in own:
         raise ConfigError(f"{path}: this checkpoint does not tell its model; give --kw_config or --model")
     for name, option in all_options().items():
         if option.group in ("run", "checkpoints", "processes") or name in LOCAL or name in given or name not in own:
             continue
         # a setting that was not given is the method's choice; earlier checkpoints do not tell which were given
         if name in own["given"] if "given" in own else own[name] != option.default:
-            setattr(args, name, own[name])
-            given[name] = own[name]
+            given[name] = check_value(option, own[name], f'{path}: its option "{name}"')
+            setattr(args, name, given[name])
+    if "nb_classes" not in given and "nb_classes" in own:
+        # for data that do not tell their number of classes; others decide it themselves
+        args.nb_classes = check_value(all_options()["nb_classes"], own["nb_classes"], f"{path}: its number of classes")
     args.given = sorted(given)
+
+
+def own_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The options of a checkpoint's run; empty for one of another project, whose options are not this project's."""
+    own = checkpoint.get("args")
+    return own if isinstance(own, dict) else {}
 
 
 def load(model: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -305,6 +347,42 @@ def training_state(
         "versions": {"torch": str(torch.__version__)},
         "world_size": process.world,
     }
+
+
+def weights_of(checkpoint: dict[str, Any], path: str | Path, ema: bool = False) -> dict[str, Any]:
+    """The part of a checkpoint that its use needs: `format`, `model`, `temperature` and `args`, where it has them.
+
+    Of `args`, the options of a machine (paths, devices, processes) are left out. A checkpoint of another project keeps
+    its weights alone.
+
+    Args:
+        checkpoint: content of a checkpoint.
+        path: its path, for the error message.
+        ema: take the averaged weights that a run with --model_ema true kept beside the trained ones.
+
+    Raises:
+        ConfigError: it has no such weights, or they hold anything but tensors.
+    """
+    if ema and not checkpoint.get("model_ema"):
+        raise ConfigError(f"{path}: holds no averaged weights; a run keeps them with --model_ema true")
+    try:
+        state = checkpoint["model_ema"] if ema else state_dict_of(checkpoint)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    others = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ConfigError(f"{path}: {others[0]} is no tensor, so that its weights cannot be taken out")
+    weights = {"format": FORMAT, "model": state}
+    if isinstance(checkpoint.get("temperature"), (int, float)):
+        weights["temperature"] = float(checkpoint["temperature"])
+    own = own_options(checkpoint)
+    kept = {name for name, option in all_options().items() if option.group not in ("run", "checkpoints", "processes")}
+    kept = (kept - LOCAL) | {"nb_classes", "classes"}
+    if own:
+        weights["args"] = {name: value for name, value in own.items() if name in kept}
+    if "given" in own:
+        weights["args"]["given"] = [name for name in own["given"] if name in kept]
+    return weights
 
 
 def ema_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from models.config import ConfigError, check_value, merge, nearest
@@ -27,11 +28,29 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
     Raises:
         ConfigError: there is a mistake in any of them.
     """
+    return merged_options(parse_words(make_parser(), argv))
+
+
+def parse_words(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> dict[str, Any]:
+    """The values of the words of a command line, checked.
+
+    Args:
+        parser: that of `make_parser`, to which a script may have added arguments of its own; they are not checked.
+        argv: words of the command line; None: those of the process.
+
+    Raises:
+        ConfigError: a word is unknown, or a value does not fit its option.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    given_text, unknown = _make_parser().parse_known_args([_underscored(word) for word in argv])
+    given_text, unknown = parser.parse_known_args([_underscored(word) for word in argv])
     if unknown:
         raise ConfigError(_unknown_argument(unknown[0]))
-    command_line = {name: _from_text(name, text) for name, text in vars(given_text).items()}
+    known = all_options()
+    return {name: _from_text(name, text) if name in known else text for name, text in vars(given_text).items()}
+
+
+def merged_options(command_line: dict[str, Any]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Merge the values of a command line with the config that it names; returns what `parse_command_line` returns."""
     path = command_line.get("kw_config")
     given = merge({} if path is None else path, command_line)
     if (given.get("finetune") or given.get("init_static")) and not TEMPERATURE & command_line.keys():
@@ -41,14 +60,30 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
     return argparse.Namespace(**{**defaults, **given}, given=sorted(given)), given
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser that raises a mistake as a `ConfigError`."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
-def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        description="Train or evaluate a model.", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+def at_least(low: int) -> Callable[[str], int]:
+    """The type of an argument of a script: an integer of at least `low`."""
+
+    def convert(text: str) -> int:
+        number = int(text)
+        if number < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {number}")
+        return number
+
+    convert.__name__ = "integer"
+    return convert
+
+
+def make_parser(description: str = "Train or evaluate a model.") -> argparse.ArgumentParser:
+    """A parser of all options of a run."""
+    parser = Parser(
+        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
         epilog="Dashes may replace underscores. A flag without a value means true.",
     )  # fmt: skip
     groups: dict[str, Any] = {}

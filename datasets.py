@@ -59,7 +59,7 @@ class Loaders:
     train: DataLoader | None
     evaluation: DataLoader | None
     nb_classes: int
-    classes: list[str] | None
+    classes: list[str] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the training images; call it before every epoch."""

@@ -26,12 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         args, given = parse_command_line(argv)
         if args.dry_run:
             return report(args, given)
-        if args.resume and "model" not in given:
-            # loads torch, so that a mistake in the options is still refused at once
-            from checkpoints import adopt, read
-
-            adopt(args, given, read(args.resume), args.resume)
-        check_paths(args)
+        complete(args, given)
     except ConfigError as error:
         return fail(error)
 
@@ -55,6 +50,20 @@ def fail(error: Exception, code: int = 2) -> int:
     """Print an error in one line; returns the exit code."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
     return code
+
+
+def complete(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Take the options of a run from the checkpoint of --resume where nothing else names a model, and check the paths.
+
+    Raises:
+        ConfigError: names the option, or the checkpoint.
+    """
+    if args.resume and "model" not in given:
+        # loads torch, so that a mistake in the options is still refused at once
+        from checkpoints import adopt, read
+
+        adopt(args, given, read(args.resume), args.resume)
+    check_paths(args)
 
 
 def report(args: argparse.Namespace, given: dict[str, Any]) -> int:
@@ -96,12 +105,16 @@ def mixes(args: argparse.Namespace) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-def run(args: argparse.Namespace, given: dict[str, Any]) -> None:
+def run(args: argparse.Namespace, given: dict[str, Any]) -> list[dict[str, Any]]:
     """Train or evaluate a model.
 
     Args:
         args: all options.
         given: those of them that the command line, the config or the recipe gave.
+
+    Returns:
+        With --eval: what `engine.evaluate` returned for the weights, and then for the averaged weights where they are
+        evaluated, too, each with the number of `parameters`. After training: nothing.
 
     Raises:
         ConfigError: options, data or checkpoint do not fit each other.
@@ -162,11 +175,11 @@ def run(args: argparse.Namespace, given: dict[str, Any]) -> None:
         set_temperature(model, last)
         if checkpoint is not None:
             checkpoints.load(model, checkpoint, path)
-        evaluate(model, loaders.evaluation, args=args, device=device)
+        results = [evaluate(model, loaders.evaluation, args=args, device=device)]
         if args.model_ema_eval and checkpoint is not None and checkpoint.get("model_ema"):
             checkpoints.load(model, {**checkpoint, "model": checkpoint["model_ema"]}, path)
-            evaluate(model, loaders.evaluation, args=args, device=device, title="EMA ")
-        return
+            results.append(evaluate(model, loaders.evaluation, args=args, device=device, title="EMA "))
+        return [{**result, "parameters": parameters} for result in results]
 
     # optimizer
     steps = len(loaders.train) // args.update_freq
@@ -262,6 +275,7 @@ def run(args: argparse.Namespace, given: dict[str, Any]) -> None:
             utils.plot_curves(output / "log.txt", output / "curves.png")
         except ImportError:
             log("curves.png was not drawn: matplotlib is not installed")
+    return []
 
 
 if __name__ == "__main__":

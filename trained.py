@@ -12,6 +12,7 @@ from loading.transforms import make_transform
 from models import build_model
 from models.config import ConfigError, merge
 from models.options import MODEL_KEYS, all_options
+from models.weights import matched_state, state_dict_of
 
 
 @dataclass
@@ -44,23 +45,39 @@ def open_trained(path: str, config: str | dict[str, Any] | None = None, ema: boo
     """
     checkpoint = checkpoints.read(path)
     if ema:
-        if not checkpoint.get("model_ema"):
-            raise ConfigError(f"{path}: holds no averaged weights; a run keeps them with --model_ema true")
-        checkpoint = {**checkpoint, "model": checkpoint["model_ema"]}
+        checkpoint = {**checkpoint, "model": checkpoints.weights_of(checkpoint, path, ema)["model"]}
     given = {} if config is None else merge(config, {})
     args = argparse.Namespace(**{**{name: option.default for name, option in all_options().items()}, **given})
     if config is None:
         checkpoints.adopt(args, given, checkpoint, path)
-    own = checkpoint.get("args", {})
+    own = checkpoints.own_options(checkpoint)
+    settings = {name: value for name, value in given.items() if name in MODEL_KEYS} | {"model": args.model}
     classes = own.get("classes")
-    if "nb_classes" not in given:
-        args.nb_classes = own.get("nb_classes", args.nb_classes)
     try:
-        settings = {name: value for name, value in given.items() if name in MODEL_KEYS}
-        model = build_model({**settings, "model": args.model}, num_classes=args.nb_classes)
+        if "nb_classes" not in given:
+            told = len(classes) if classes else own.get("nb_classes")
+            args.nb_classes = told or _classes_of(settings, checkpoint) or args.nb_classes
+        model = build_model(settings, num_classes=args.nb_classes)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     checkpoints.load(model, checkpoint, path)
-    return Trained(
-        model.eval(), None if classes is None else tuple(classes), args, make_transform(args, is_train=False)
-    )
+    return Trained(model.eval(), None if not classes else tuple(classes), args, make_transform(args, is_train=False))
+
+
+def _classes_of(settings: dict[str, Any], checkpoint: dict[str, Any]) -> int | None:
+    """The number of classes of the weights of a checkpoint that does not tell it; None where they do not show it.
+
+    In a model for a number of classes that no layer has by chance, they are the dimensions of that size.
+    """
+    unusual = 9973
+    with torch.device("meta"):
+        model = build_model(settings, num_classes=unusual)
+    state = matched_state(model, state_dict_of(checkpoint))[0]
+    sizes = {
+        value.shape[dimension]
+        for key, like in model.state_dict().items()
+        if (value := state.get(key)) is not None and value.ndim == like.ndim
+        for dimension, size in enumerate(like.shape)
+        if size == unusual
+    }
+    return sizes.pop() if len(sizes) == 1 else None

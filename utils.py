@@ -8,11 +8,12 @@ import re
 import resource
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -207,6 +208,73 @@ def make_folder(path: str) -> Path:
     if not os.access(path, os.W_OK):
         raise ConfigError(f"{path}: the folder is not writable")
     return Path(path)
+
+
+def check_target(path: str | Path) -> Path:
+    """Refuse a file that could not be written at the end, before anything slow is done.
+
+    Returns:
+        The path of the file, without symbolic links.
+
+    Raises:
+        ConfigError: names the file and the reason.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path}: not a file that can be replaced; give the path of a file")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {path.parent}: {error.strerror}") from None
+
+
+def replace_file(path: Path, write: Callable[[IO[bytes]], Any], verify: Callable[[Path], Any] | None = None) -> None:
+    """Write a file; whenever the process dies, `path` holds either the old file or the whole new one.
+
+    Args:
+        path: file to write.
+        write: called with an open file, writes the content into it.
+        verify: called with the path of the written file before it replaces the old one; raises if it is damaged.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if verify is not None:
+            verify(temporary)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_out(text: str, path: Path | None) -> None:
+    """Write a text in UTF-8 to a file, or where `path` is None to the standard output.
+
+    Raises:
+        ConfigError: the file cannot be written; an older one is intact.
+    """
+    if path is None:
+        sys.stdout.flush()
+        # text in any script, also where the terminal's encoding has another one
+        try:
+            sys.stdout.buffer.write(text.encode())
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # the reader, such as head, has enough; nothing more is written, not even when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    try:
+        replace_file(path, lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def set_seed(seed: int) -> None:

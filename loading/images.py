@@ -3,15 +3,16 @@
 import os
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from models.config import ConfigError
 
@@ -90,6 +91,60 @@ class ImageFolderData(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
         return self.transform(read_image(path, path)), label
+
+
+def find_images(paths: Iterable[str]) -> list[str]:
+    """The image files among some paths: the files themselves, and those below the folders, folder by folder.
+
+    Args:
+        paths: files, and folders, which are searched for the suffixes of an `ImageFolderData`. Links are followed.
+
+    Raises:
+        ConfigError: a path does not exist, a folder cannot be searched, or there is no image at all.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise ConfigError(f"{error.filename}: cannot be searched for images: {error.strerror}")
+
+    files, seen = [], set()
+    for path in paths:
+        if not os.path.isdir(path):
+            if not os.path.exists(path):
+                raise ConfigError(f"{path}: no such image or folder")
+            files.append(path)
+            continue
+        for folder, inside, names in os.walk(path, onerror=refuse, followlinks=True):
+            inside.sort()
+            if os.path.realpath(folder) in seen:
+                # a link to a folder above
+                inside.clear()
+                continue
+            seen.add(os.path.realpath(folder))
+            files += [os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS)]
+    if not files:
+        raise ConfigError(f"{', '.join(paths)}: no images ({' '.join(IMG_EXTENSIONS)})")
+    return files
+
+
+class ImageFiles(Dataset):
+    """Image files without classes. Item i is (i, transformed image), or (i, why the file cannot be read).
+
+    Args:
+        files: paths of the files.
+        transform: applied to every image, an RGB `PIL.Image`.
+    """
+
+    def __init__(self, files: list[str], transform: Callable[[Image.Image], Any]) -> None:
+        self.files, self.transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        try:
+            return index, self.transform(read_image(self.files[index], self.files[index]))
+        except UnreadableImage as error:
+            return index, str(error)
 
 
 class GreyData(Dataset):

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+
+from .safetensors_file import read_safetensors
 
 # timeout for a server that does not answer
 SECONDS = 30
@@ -46,8 +47,8 @@ def _read(path: Path, name: str | os.PathLike) -> Any:
     """Read a file; error messages call it by the given name, such as its URL."""
     if str(name).endswith(".safetensors"):
         try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
+            return read_safetensors(path)
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise ValueError(f"checkpoint '{name}' is not a safetensors file: {_first_line(error)}") from None
     try:
         # torch does not notice a flipped bit, but the checksums of the zip file do
@@ -84,7 +85,7 @@ def _download(url: str) -> Path:
     # several URLs may end in the same file name
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     record = path.with_name(path.name + ".sha256")
-    if path.is_file() and record.is_file() and record.read_text() == _digest(path):
+    if path.is_file() and record.is_file() and record.read_text() == sha256_of(path):
         return path
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -93,7 +94,7 @@ def _download(url: str) -> Path:
             while block := answer.read(1 << 20):
                 file.write(block)
             size, expected = file.tell(), answer.headers.get("Content-Length")
-        digest, promised = _digest(temporary), re.search(r"-([0-9a-f]{8,64})\.", name)
+        digest, promised = sha256_of(temporary), re.search(r"-([0-9a-f]{8,64})\.", name)
         if expected is not None and size != int(expected):
             raise OSError(f"{size} of {expected} bytes came")
         if promised and not digest.startswith(promised[1]):
@@ -109,6 +110,7 @@ def _download(url: str) -> Path:
     return path
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
