@@ -127,7 +127,7 @@ def _from_text(name: str, text: str | list[str]) -> Any:
 
 
 def _parse_word(word: str, option: Option) -> Any:
-    if option.accepts_null() and word.lower() in ("none", "null"):
+    if option.accepts_null() and word.lower() in ("none", "null") and word not in (option.choices or ()):
         return None
     if option.type is bool:
         return _WORDS_OF_BOOL.get(word.lower(), word)
