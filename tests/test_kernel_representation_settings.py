@@ -159,10 +159,10 @@ def test_first_layer_can_be_dynamic():
 
 def test_networks_without_convolutions():
     make = lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))  # noqa: E731
-    net = convert(make(), "kr", representation_start="learned")
+    net = convert(make(), "kr")
     assert net(torch.randn(3, 6)).shape == (3, 4) and isinstance(net[4], KRClassifier)
     with pytest.raises(ValueError, match=r"the first layer, '0', is a Linear; use 'learned'"):
-        convert(make(), "kr")
+        convert(make(), "kr", representation_start="frequency")
 
 
 def test_dense_classifier():
@@ -239,7 +239,8 @@ def test_no_temperature():
         (lambda: convert(convert(Net(), "kr"), "kr", layers=["stem"]), ["already", "at once"]),
         (lambda: convert(convert(Net(), "condconv", layers=["head"]), "kr"), ["'head'", "dynamic already"]),
         (lambda: convert(nn.Sequential(nn.ReLU()), "kr"), ["kr: this model has no layer"]),
-        (lambda: convert(nn.Sequential(nn.Conv1d(3, 4, 3), nn.Conv1d(4, 4, 3)), "kr"), ["'0'", "Conv1d", "learned"]),
+        (lambda: convert(nn.Sequential(nn.Conv1d(3, 4, 3), nn.Conv1d(4, 4, 3)), "kr", representation_start="frequency"),
+            ["'0'", "Conv1d", "learned"]),
         (lambda: build_model({"model": "kr_resnet18", "representation_dim": 0}), ["representation_dim"]),
         (lambda: build_model({"model": "kr_resnet18", "representation_start": "dct"}), ["representation_start"]),
         (lambda: build_model({"model": "od_resnet18", "representation": True}), ["odconv", "'representation'"]),

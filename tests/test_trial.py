@@ -127,7 +127,7 @@ class Elsewhere(nn.Module):
 def test_samples_in_another_dimension_are_never_mixed(method):
     net, x = Elsewhere().double().eval(), torch.randn(3, 16, 8, dtype=torch.float64)
     layers = ["plain", "to*", "win*"]
-    given = {"layers": layers, **({"representation_start": "learned"} if method == "kr" else {})}
+    given = {"layers": layers}
     if method == "kw":
         given = {"warehouses": {"all": {"layers": layers, "cell_inplane_ratio": 0.5}}}
     with pytest.warns(UserWarning, match="left static, since the first dimension of its input is not"):
@@ -149,10 +149,9 @@ def test_outputs_can_be_viewed(method):
         def forward(self, x):
             return self.head(self.layer(self.stem(x)).view(len(x), -1, 6).mean(1))
 
-    given = {"representation_start": "learned"} if method == "kr" else {}
-    layers = {"layers": ["lay*"]}
+    given = {"layers": ["lay*"]}
     if method.startswith("kw"):
-        layers = {"warehouses": {"one": {**layers, "cell_inplane_ratio": 0.5}}}
-    net = convert(Viewing(), method, **layers, **given)
+        given = {"warehouses": {"one": {**given, "cell_inplane_ratio": 0.5}}}
+    net = convert(Viewing(), method, **given)
     assert type(net.layer) is not nn.Linear
     assert net(torch.randn(3, 4, 5, 8)).shape == (3, 4) and net.eval()(torch.randn(3, 7, 8)).isfinite().all()

@@ -53,8 +53,14 @@ class KRMethod(Method):
             ),
         ),
         "representation_start": Setting(
-            "frequency",
-            Option(str, None, "KR: the first representation: of low frequencies, or learned", choices=tuple(kr.STARTS)),
+            None,
+            Option(
+                str,
+                None,
+                "KR: the first representation: of low frequencies, or learned; null: the former where the network sees "
+                "an image",
+                choices=tuple(kr.STARTS),
+            ),
         ),
         "representation_norm": Setting(True, Option(bool, None, "KR: BatchNorm of representations (Table 6)")),
     }
@@ -112,6 +118,13 @@ class KRMethod(Method):
             given += generated
         return arguments
 
+    def _start(self) -> str:
+        """The given kind of the first representation, or the one that fits the network."""
+        return self.given["representation_start"] or ("frequency" if self._sees_images() else "learned")
+
+    def _sees_images(self) -> bool:
+        return len(getattr(self.model.get_submodule(self.stem()), "kernel_size", ())) == 2
+
     def _coefficients(self) -> dict[str, Any]:
         """The given reduction and kinds of coefficients; what is not given follows from the kind of the network.
 
@@ -128,7 +141,7 @@ class KRMethod(Method):
 
     def _checked_heads(self, modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]:
         """The names of the classifier's layers. Raises ValueError for settings and models that do not fit."""
-        size, start = self.given["representation_dim"], self.given["representation_start"]
+        size, start = self.given["representation_dim"], self._start()
         if size is not None and size < 1:
             raise ValueError(f"kr: representation_dim {size} is below 1")
         if start not in kr.STARTS:
@@ -138,7 +151,7 @@ class KRMethod(Method):
         if not self.given["representation"]:
             return []
         stem = self.stem()
-        if start == "frequency" and len(getattr(modules[stem], "kernel_size", ())) != 2:
+        if start == "frequency" and not self._sees_images():
             raise ValueError(
                 f"kr: representation_start 'frequency' needs a 2-d convolution that sees the image, but the first "
                 f"layer, '{stem}', is a {type(modules[stem]).__name__}; use 'learned'"
@@ -168,7 +181,7 @@ class KRMethod(Method):
         self.model.kernel_representation = KernelRepresentation(
             last._relay,
             getattr(stem, "in_channels", None),
-            self.given["representation_start"],
+            self._start(),
             device=last.weight.device,
             dtype=last.weight.dtype,
         )
