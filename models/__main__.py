@@ -20,11 +20,13 @@ class Command:
         script: its path in the project.
         help: one line for `--help`.
         options: words that are put before those of the user.
+        extra: the package's extra with what the script needs besides.
     """
 
     script: str
     help: str
     options: tuple[str, ...] = ()
+    extra: str = ""
 
     @property
     def path(self) -> Path:
@@ -35,11 +37,14 @@ _ALL = {
     "train": Command("main.py", "train an image classifier"),
     "evaluate": Command("main.py", "evaluate a checkpoint: train with --eval true", ("--eval", "true")),
     "convert": Command("main.py", "report what a dynamic model changes in its static network", ("--dry_run", "true")),
-    "export": Command("scripts/export.py", "write a trained model in another format"),
+    "export": Command("scripts/export.py", "write a trained model in another format", extra="export"),
     "predict": Command("scripts/predict.py", "classify images with a trained model"),
     "validate": Command("scripts/validate.py", "evaluate trained models in more detail"),
     "average": Command("scripts/average_checkpoints.py", "average the weights of checkpoints"),
     "clean": Command("scripts/clean_checkpoint.py", "reduce a checkpoint to its weights"),
+    "train-detector": Command("detection/train.py", "train a detector", extra="detection"),
+    "test-detector": Command("detection/test.py", "evaluate a detector", extra="detection"),
+    "detect": Command("detection/infer.py", "detect objects in images", extra="detection"),
 }
 COMMANDS = {name: command for name, command in _ALL.items() if command.path.is_file()}
 
@@ -70,7 +75,15 @@ def main(argv: list[str] | None = None) -> int:
     sys.path[:0] = dict.fromkeys([str(command.path.parent), str(ROOT)])
     # how the script's own --help calls it
     sys.argv = [f"kernelwarehouse {name}", *argv[1:]]
-    return importlib.import_module(command.path.stem).main([*command.options, *argv[1:]])
+    try:
+        script = importlib.import_module(command.path.stem)
+    except ModuleNotFoundError as error:
+        if not command.extra:
+            raise
+        remedy = f'pip install "kernelwarehouse[{command.extra}]"'
+        print(f"error: {name} needs {error.name}, which is not installed: {remedy}", file=sys.stderr)
+        return 2
+    return script.main([*command.options, *argv[1:]])
 
 
 def _help() -> str:

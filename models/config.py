@@ -75,10 +75,10 @@ def merge(config: str | os.PathLike | dict, overrides: dict[str, Any]) -> dict[s
 def find_config(config: str | os.PathLike) -> str | os.PathLike:
     """The path of a config's file: the given one, or that of one of the project's own configs.
 
-    If there is no file of the given path, it is looked up beside the project's folder `configs`, wherever this is
-    installed: `configs/resnet18/kw1x_resnet18.json`. A path without .json is looked up in that folder, by its last
-    part or parts: `kw1x_resnet18`, `traditional/kw1x_resnet18`. Of several files with a name, the one counts that lies
-    in the folder of its network (`resnet18/`, before `digits/`).
+    If there is no file of the given path, it is looked up in the project, wherever this is installed:
+    `configs/resnet18/kw1x_resnet18.json`, or `detection/configs/kw/mask_rcnn_kw1x_resnet50.py`. A path without .json
+    or .py is looked up in `configs` by its last part or parts: `kw1x_resnet18`, `traditional/kw1x_resnet18`. Of several
+    files with a name, the one counts that lies in the folder of its network (`resnet18/`, before `digits/`).
 
     Returns:
         The path of the file that was found, otherwise the given path.
@@ -89,7 +89,7 @@ def find_config(config: str | os.PathLike) -> str | os.PathLike:
     name = os.fspath(config)
     if os.path.exists(name):
         return config
-    if name.endswith(".json"):
+    if name.endswith((".json", ".py")):
         return ROOT / name if os.path.isfile(ROOT / name) else config
     wanted = Path(f"{name}.json").parts
     paths = [path for path in OWN_CONFIGS.rglob("*.json") if path.parts[-len(wanted) :] == wanted]

@@ -21,7 +21,7 @@ from models.__main__ import _ALL, COMMANDS, main
 from models.config import ConfigError, find_config, read_config
 
 # what a build does not read, and the folders that it makes
-LEFT_OUT = (".*", "__pycache__", "*.egg-info", "build", "dist", "tests", "results", "detection", "mini_coco", "output")
+LEFT_OUT = (".*", "__pycache__", "*.egg-info", "build", "dist", "tests", "results", "mini_coco", "output")
 
 
 def run(*command, cwd, **env):
@@ -85,8 +85,10 @@ def test_wheel_holds_the_files_of_the_project(wheel):
             for path in files_of(folder, pattern):
                 expected[f"{place}/{path.relative_to(ROOT / folder).as_posix()}"] = path.read_bytes()
     scripts = [ROOT / command.script for command in COMMANDS.values()]
-    for path in [*files_of(".", "*.py"), *files_of("loading", "**/*"), *files_of("configs", "**/*.json"), *scripts]:
-        if path.is_file():
+    for path in [*files_of(".", "*.py"), *files_of("configs", "**/*.json"), *scripts]:
+        expected[f"kernelwarehouse/app/{path.relative_to(ROOT).as_posix()}"] = path.read_bytes()
+    for folder in ("loading", "detection"):
+        for path in files_of(folder, "**/*.py"):
             expected[f"kernelwarehouse/app/{path.relative_to(ROOT).as_posix()}"] = path.read_bytes()
     found = {name: data for name, data in content_of(wheel).items() if ".dist-info/" not in name}
     assert sorted(found) == sorted(expected)
@@ -99,7 +101,7 @@ def test_metadata(wheel):
     metadata = email.message_from_bytes(content[f"{folder}/METADATA"])
     assert metadata["Version"] == models.__version__ and wheel.name.startswith(f"kernelwarehouse-{models.__version__}-")
     assert metadata["License-Expression"] == "Apache-2.0" and f"{folder}/licenses/LICENSE" in content
-    assert {"train", "export"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"train", "export", "detection"} == set(metadata.get_all("Provides-Extra"))
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     names = {line.split(">")[0] for line in needed}
     assert names == {"torch", "torchvision", "timm", "safetensors", "numpy", "pillow"}
@@ -225,6 +227,27 @@ def test_command_runs_the_script(own_path, capsys):
     assert "usage: kernelwarehouse evaluate " in capsys.readouterr().out
     assert main(["train", "--modle", "resnet18"]) == 2
     assert "--model" in capsys.readouterr().err
+
+
+def test_missing_extra_is_named(own_path, capsys, monkeypatch):
+    # as if it were not installed
+    monkeypatch.setitem(sys.modules, "mmengine", None)
+    monkeypatch.delitem(sys.modules, "train", raising=False)
+    for module in [name for name in sys.modules if name == "detection" or name.startswith("detection.")]:
+        monkeypatch.delitem(sys.modules, module)
+    assert main(["train-detector", "--help"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("error: train-detector needs mmengine") and '"kernelwarehouse[detection]"' in error
+
+
+def test_detection(environment, tmp_path):
+    pytest.importorskip("mmdet", reason="requirements-detection.txt is not installed")
+    command = environment.parent / "kernelwarehouse"
+    config = "detection/configs/mini/mask_rcnn_kw1x_resnet10t.py"
+    code, output = run(command, "train-detector", config, "--cfg-options", "data_root=absent/", cwd=tmp_path)
+    # the config was found, and the model's
+    assert code == 2 and output.splitlines()[-1].startswith("error: train "), output
 
 
 @pytest.mark.parametrize(
