@@ -16,6 +16,7 @@ import torch
 from helpers import ROOT, quick
 
 import hubconf
+import main as training
 import models
 from models.__main__ import _ALL, COMMANDS, main
 from models.config import ConfigError, find_config, read_config
@@ -239,6 +240,12 @@ def test_missing_extra_is_named(own_path, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith("error: train-detector needs mmengine") and '"kernelwarehouse[detection]"' in error
+
+
+def test_digits_without_their_package(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert training.main(quick()) == 2
+    assert capsys.readouterr().err == "error: --data_set digits needs scikit-learn: pip install scikit-learn\n"
 
 
 def test_detection(environment, tmp_path):
