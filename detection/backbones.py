@@ -14,10 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from checkpoints import read
 from models import build_model, load_weights, set_temperature, temperature_range, warehouse_layers
-from models.config import ConfigError
+from models.config import ConfigError, find_config
 from models.pruning import drop_unused
 
-ROOT = Path(__file__).resolve().parent.parent
 # with fewer images per process, BatchNorm's statistics are too noisy to train with
 LEAST_BATCH = 8
 
@@ -175,7 +174,7 @@ def _config(config: str | Path | dict[str, Any]) -> str | Path | dict[str, Any]:
         return config
     if not str(config).endswith(".json"):
         return {"model": str(config)}
-    return ROOT / config if not Path(config).exists() and (ROOT / config).exists() else config
+    return find_config(config)
 
 
 def _stages(model: nn.Module, name: str) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def load_detector(cfg: Config, checkpoint: str, device: str) -> nn.Module:
     return model.to(device).eval()
 
 
-def main() -> None:
+def infer(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument("config")
@@ -58,7 +58,7 @@ def main() -> None:
     )
     parser.add_argument("--score", type=float, default=0.3, help="lowest score of a drawn object; default %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.launcher, args.cfg_options, args.work_dir, args.local_rank = "none", None, None, 0
     tools.require_checkpoint(args.checkpoint)
     cfg = tools.read_config(args)
@@ -89,5 +89,10 @@ def main() -> None:
         print(f"{target}: {found} objects", flush=True)
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Run with the options of `argv` (None: the command line); returns the exit code."""
+    return tools.run(infer, argv)
+
+
 if __name__ == "__main__":
-    tools.run(main)
+    sys.exit(main())

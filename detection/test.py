@@ -21,14 +21,14 @@ from detection import tools
 from models.config import ConfigError
 
 
-def main() -> None:
+def test(argv: list[str] | None) -> None:
     parser = tools.parser(__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument("--out", help="file (.pkl) for the predictions")
     parser.add_argument("--show", action="store_true", help="show predictions")
     parser.add_argument("--show-dir", help="folder, in the work directory, for images with predictions")
     parser.add_argument("--wait-time", type=float, default=2, help="seconds for which each image is shown")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     tools.require_checkpoint(args.checkpoint)
     if args.out and not args.out.endswith((".pkl", ".pickle")):
         raise ConfigError(f"--out {args.out}: the name must end in .pkl")
@@ -46,5 +46,10 @@ def main() -> None:
     runner.test()
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Run with the options of `argv` (None: the command line); returns the exit code."""
+    return tools.run(test, argv)
+
+
 if __name__ == "__main__":
-    tools.run(main)
+    sys.exit(main())

@@ -11,7 +11,7 @@ import torch
 from mmengine.config import Config, DictAction
 
 from detection.check_data import check_data
-from models.config import ConfigError
+from models.config import ConfigError, find_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,7 +42,7 @@ def read_config(args: argparse.Namespace) -> Config:
     """
     if "LOCAL_RANK" not in os.environ:
         os.environ["LOCAL_RANK"] = str(args.local_rank)
-    path = Path(args.config)
+    path = Path(find_config(args.config))
     # mmengine runs the file as Python code
     if path.suffix != ".py" or not path.is_file():
         raise ConfigError(f"config '{path}': {'not a .py file' if path.is_file() else 'no such file'}")
@@ -80,17 +80,20 @@ def check(cfg: Config, phases: Sequence[str]) -> None:
         check_data(cfg, phases)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a command; a user's mistake ends it with one line and exit code 2."""
+def run(command: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
+    """Run a command with the options of `argv`; returns the exit code, 2 with one line for a user's mistake."""
     try:
-        main()
+        command(argv)
     except ConfigError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         # in a distributed run the other processes wait for this one, so exit at once
-        os._exit(2) if "RANK" in os.environ else sys.exit(2)
+        if "RANK" in os.environ:
+            os._exit(2)
+        return 2
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         logging.shutdown()
         sys.stdout.flush()
         # gloo's threads may still hold Python objects, and would abort the interpreter during its shutdown
         os._exit(0)
+    return 0

@@ -24,7 +24,7 @@ from detection.hooks import newest_detector
 from models.config import ConfigError
 
 
-def main() -> None:
+def train(argv: list[str] | None) -> None:
     parser = tools.parser(__doc__.splitlines()[0])
     parser.add_argument("--amp", action="store_true", help="train in mixed precision")
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate to the batch size")
@@ -35,7 +35,7 @@ def main() -> None:
         metavar="CHECKPOINT",
         help="continue from a checkpoint; without a path, from the newest good one of the work directory",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     cfg = tools.read_config(args)
     if args.amp:
         if not torch.cuda.is_available():
@@ -56,5 +56,10 @@ def main() -> None:
     Runner.from_cfg(cfg).train()
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Run with the options of `argv` (None: the command line); returns the exit code."""
+    return tools.run(train, argv)
+
+
 if __name__ == "__main__":
-    tools.run(main)
+    sys.exit(main())

@@ -166,8 +166,11 @@ class DigitsData(GreyData):
     classes = tuple("0123456789")
 
     def __init__(self, is_train: bool, transform: Callable[[Image.Image], Any]) -> None:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError:
+            raise ConfigError("--data_set digits needs scikit-learn: pip install scikit-learn") from None
 
         images, labels = load_digits(return_X_y=True)
         train, test = train_test_split(

@@ -7,6 +7,12 @@ import importlib
 import re
 from typing import Any
 
+from . import one_package
+
+__version__ = "0.1.0"
+__distribution__ = one_package.DISTRIBUTION
+one_package.join(__name__, __version__)
+
 _HOME = {
     "build_model": "build",
     "report_model": "build",
@@ -18,6 +24,8 @@ _HOME = {
     "warehouse_layers": "methods.kernel_warehouse",
     "warehouse_stages": "methods.kernel_warehouse",
     "read_config": "config",
+    "find_config": "config",
+    "read_checkpoint": "reader",
     "ConfigError": "config",
     "Warehouse": "methods.kernel_warehouse",
     "mixture_conv": "ops",

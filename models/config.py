@@ -15,8 +15,11 @@ from typing import Any
 from .options import Option, all_options
 
 MAX_CONFIG_BYTES = 1 << 20
-# this folder does not exist where `models` is installed as a package
-OWN_RECIPES = Path(__file__).resolve().parent.parent / "configs" / "recipes"
+_PACKAGE = Path(__file__).resolve().parent
+# the folder with main.py, configs/ and scripts/: that of a checkout, and a folder of the package where it is installed
+ROOT = _PACKAGE / "app" if (_PACKAGE / "app").is_dir() else _PACKAGE.parent
+OWN_CONFIGS = ROOT / "configs"
+OWN_RECIPES = OWN_CONFIGS / "recipes"
 
 
 class ConfigError(ValueError):
@@ -27,7 +30,7 @@ def read_config(config: str | os.PathLike | dict, overrides: dict | None = None)
     """Read and check a config, and add the settings of the recipe that it names.
 
     Args:
-        config: path of a JSON file, or a dict of its contents.
+        config: path of a JSON file, or a dict of its contents; `find_config` says which paths and names are known.
         overrides: settings that replace the config's; a recipe among them replaces the config's recipe.
 
     Returns:
@@ -48,7 +51,7 @@ def merge(config: str | os.PathLike | dict, overrides: dict[str, Any]) -> dict[s
     The result keeps the key `recipe`, with the recipe's name.
 
     Args:
-        config: path of a JSON file, or a dict of its contents.
+        config: as for `read_config`.
         overrides: settings that are checked already.
 
     Returns:
@@ -57,7 +60,7 @@ def merge(config: str | os.PathLike | dict, overrides: dict[str, Any]) -> dict[s
     Raises:
         ConfigError: names the file, the key and the nearest known key.
     """
-    path = None if isinstance(config, dict) else config
+    path = None if isinstance(config, dict) else find_config(config)
     content, name = (config, "config") if path is None else (_load_json(path), str(path))
     own = _check_keys(content, all_options(), name)
     if path is not None and "kw_config" in own:
@@ -67,6 +70,35 @@ def merge(config: str | os.PathLike | dict, overrides: dict[str, Any]) -> dict[s
         return settings
     where = "" if path is None or "recipe" in overrides else f"{path}: "
     return {**_read_recipe(settings["recipe"], path, where), **settings}
+
+
+def find_config(config: str | os.PathLike) -> str | os.PathLike:
+    """The path of a config's file: the given one, or that of one of the project's own configs.
+
+    If there is no file of the given path, it is looked up in the project, wherever this is installed:
+    `configs/resnet18/kw1x_resnet18.json`, or `detection/configs/kw/mask_rcnn_kw1x_resnet50.py`. A path without .json
+    or .py is looked up in `configs` by its last part or parts: `kw1x_resnet18`, `traditional/kw1x_resnet18`. Of several
+    files with a name, the one counts that lies in the folder of its network (`resnet18/`, before `digits/`).
+
+    Returns:
+        The path of the file that was found, otherwise the given path.
+
+    Raises:
+        ConfigError: several files have this name.
+    """
+    name = os.fspath(config)
+    if os.path.exists(name):
+        return config
+    if name.endswith((".json", ".py")):
+        return ROOT / name if os.path.isfile(ROOT / name) else config
+    wanted = Path(f"{name}.json").parts
+    paths = [path for path in OWN_CONFIGS.rglob("*.json") if path.parts[-len(wanted) :] == wanted]
+    found = sorted(path for path in paths if path.parent != OWN_RECIPES)
+    at_home = [path for path in found if path.stem.endswith(path.parent.name)]
+    if len(found) > 1 and len(at_home) != 1:
+        places = " and ".join(path.relative_to(ROOT).as_posix() for path in found)
+        raise ConfigError(f"{name}: {places} have this name; give the path of one")
+    return (at_home if len(found) > 1 else found or [config])[0]
 
 
 def _read_recipe(name: str, path: str | os.PathLike | None, where: str) -> dict[str, Any]:
@@ -109,12 +141,14 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
         prefix: put before the suggested name, such as "--".
     """
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f'; did you mean "{prefix}{match[0]}"?' if match else "; see main.py --help for the known ones"
+    return f'; did you mean "{prefix}{match[0]}"?' if match else "; see --help for the known ones"
 
 
 def _load_json(path: str | os.PathLike) -> dict:
     if not os.path.exists(path):
-        raise ConfigError(f"{path}: no such config file")
+        known = [] if str(path).endswith(".json") else [file.stem for file in OWN_CONFIGS.rglob("*.json")]
+        near = difflib.get_close_matches(str(path), known, n=1, cutoff=0.5)
+        raise ConfigError(f"{path}: no such config file" + (f'; did you mean "{near[0]}"?' if near else ""))
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: not a file; give the path of a JSON file")
     if os.path.getsize(path) > MAX_CONFIG_BYTES:

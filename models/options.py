@@ -270,7 +270,7 @@ _OWN: dict[str, Option] = {
     **_in_group(
         "run",
         dry_run=Option(bool, False, "print what a dynamic model changes in its static network, and stop"),
-        kw_config=Option(str, None, "config file (JSON); the command line overrides it"),
+        kw_config=Option(str, None, "config file (JSON) or name of a config; the command line overrides it"),
         recipe=Option(
             str,
             None,

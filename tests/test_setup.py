@@ -1,4 +1,4 @@
-"""The set-up scripts, in a copy of the project with empty requirements, and the package that pip makes of models/."""
+"""The set-up scripts, in a copy of the project with empty requirements."""
 
 import os
 import shutil
@@ -71,20 +71,3 @@ def test_no_python(copy):
 def test_unknown_argument(copy):
     code, output = setup(copy, "--detection")
     assert code == 2 and "unknown argument '--detection'" in output
-
-
-def test_package(tmp_path):
-    # a copy, as the build leaves its folders beside the sources
-    source = tmp_path / "source"
-    shutil.copytree(ROOT / "models", source / "models", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index")
-    code, output = run(*pip, "--target", str(tmp_path / "site"), ".", cwd=source)
-    assert code == 0, output
-
-    config = ROOT / "configs/resnet18/kw1x_resnet18.json"
-    program = f"import kernelwarehouse as k; print(k.__file__, len(k.build_model({str(config)!r}).conversion))"
-    code, output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    assert code == 0, output
-    assert output.split() == [str(tmp_path / "site/kernelwarehouse/__init__.py"), "21"]
