@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -13,11 +14,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 # timeout for a server that does not answer
 SECONDS = 30
+# name of the settings in the header of a safetensors file, where this project wrote it
+SETTINGS = "kernelwarehouse"
 
 
 def read_checkpoint(source: str | os.PathLike) -> Any:
@@ -46,7 +49,9 @@ def _read(path: Path, name: str | os.PathLike) -> Any:
     """Read a file; error messages call it by the given name, such as its URL."""
     if str(name).endswith(".safetensors"):
         try:
-            return load_file(path)
+            with safe_open(path, "pt") as file:
+                settings = json.loads((file.metadata() or {}).get(SETTINGS, "null"))
+            return {**settings, "model": load_file(path)} if isinstance(settings, dict) else load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"checkpoint '{name}' is not a safetensors file: {_first_line(error)}") from None
     try:
