@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision import transforms
 
 from loading.transforms import make_transform
@@ -146,7 +147,36 @@ def traced(model: nn.Module, size: int, dynamic_size: bool = False) -> torch.exp
     for node in program.graph.nodes:
         # lines of source code, with the folders of this machine
         node.meta.pop("stack_trace", None)
+    _fold_norms(program)
     return program
+
+
+def _fold_norms(program: torch.export.ExportedProgram) -> None:
+    """Make BatchNorm a part of the static convolution before it, where nothing else reads that convolution."""
+    names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
+    aten, state = torch.ops.aten, program.state_dict
+    for norm in list(program.graph.nodes):
+        if norm.op != "call_function" or norm.target != aten.batch_norm.default:
+            continue
+        convolution, (weight, bias, mean, variance), epsilon = norm.args[0], norm.args[1:5], norm.args[7]
+        if convolution.target not in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
+            continue
+        kernel, own_bias = (*convolution.args, None)[1:3]
+        changed = [kernel, bias] if own_bias is None else [kernel, own_bias]
+        constants = [node for node in (*changed, weight, bias, mean, variance) if node is not None]
+        # a kernel that is computed, or read by another layer as well, stays as it is
+        if None in (weight, bias) or any(node.name not in names for node in constants):
+            continue
+        if any(len(node.users) > 1 for node in (convolution, *changed)):
+            continue
+        values = [None if node is None else state[names[node.name]] for node in (kernel, own_bias, mean, variance)]
+        fused = fuse_conv_bn_weights(*values, epsilon, *(state[names[node.name]] for node in (weight, bias)))
+        # new entries: the old ones are the model's own parameters
+        state.update(zip((names[node.name] for node in changed), fused, strict=True))
+        convolution.args = (*convolution.args[:2], changed[1], *convolution.args[3:])
+        norm.replace_all_uses_with(convolution)
+        program.graph.erase_node(norm)
+    program.graph_module.recompile()
 
 
 def other_size(size: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from mixture_calls import definition, make_call, with_gradients
 from tolerance import assert_same
 from torch import nn
 
-from exporting import Features, session_of, write_onnx, write_pt2
+from exporting import Features, session_of, traced, write_onnx, write_pt2
 from models import build_model, convert, load_weights, mixture_conv
 from models.config import ConfigError
 from models.methods import METHODS as BY_NAME
@@ -93,7 +93,7 @@ def test_small_network_as_onnx(method, tmp_path):
 
 
 def test_program_runs_without_this_project(tmp_path):
-    models = {method: small(method) for method in ("kw", "odconv", "kr", "weightnet")}
+    models = {method: small(method) for method in ("kw", "cgc")}
     images = torch.randn(3, 3, 16, 16)
     for method, model in models.items():
         write_pt2(model, tmp_path / f"{method}.pt2", 16, {"model": method})
@@ -113,6 +113,34 @@ def test_program_runs_without_this_project(tmp_path):
         with torch.no_grad():
             for value, batch in zip(torch.load(tmp_path / f"{method}.out"), (images, images[:1]), strict=True):
                 assert_same(value, model(batch))
+
+
+class Block(nn.Module):
+    """Convolutions with BatchNorm: one without a bias, one with it, and one whose output is read again."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1, bias=i != 0) for i in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in self.convs)
+
+    def forward(self, x):
+        for conv, norm in zip(self.convs[:2], self.norms[:2], strict=True):
+            x = norm(conv(x)).relu()
+        y = self.convs[2](x)
+        return self.norms[2](y) + y
+
+
+def test_norms_become_part_of_convolutions():
+    model = trained_like(Block(), 8)
+    for norm in model.norms:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    program = traced(model, 8)
+    images = torch.randn(3, 3, 8, 8)
+    assert_same(program.module()(images), model(images))
+    assert sum("batch_norm" in str(node.target) for node in program.graph.nodes) == 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.slow
