@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from loading.images import DigitsData, ImageFolderData
 from loading.transforms import make_transform
 from measure import seconds
 from models.config import ConfigError
@@ -35,6 +37,8 @@ BATCHES = (1, 2, 5)
 # networks that amplify rounding errors.
 TOLERANCE, OWN_ERRORS = 1e-3, 10
 REPEATS = 15
+# images to measure the ranges of activations with, and operators that become int8
+CALIBRATION, QUANTISED = 100, ["Conv", "MatMul", "Gemm"]
 
 
 def target(path: str) -> Path:
@@ -325,6 +329,58 @@ def compared(model: nn.Module, path: Path, size: int, dynamic_size: bool = False
         times["torch"].append(seconds(lambda: model(images), "cpu"))
         times["onnx"].append(seconds(lambda: run(images), "cpu"))
     return {**result, **{name: statistics.median(values) for name, values in times.items()}}
+
+
+def labelled_images(trained: Trained, source: str, is_train: bool) -> Dataset:
+    """Images and labels in the preprocessing of a model's evaluation.
+
+    Args:
+        trained: the model.
+        source: "digits" for the embedded ones, or a folder with a folder of images for each class.
+        is_train: of digits, those to train with.
+
+    Raises:
+        ConfigError: there is no such folder, or it holds no images.
+    """
+    if source == "digits":
+        return DigitsData(is_train, trained.transform)
+    return ImageFolderData(Path(source), trained.transform, "--int8" if is_train else "--evaluate")
+
+
+def quantised(path: Path, data: Dataset) -> None:
+    """Make an ONNX file int8, weights and activations, with ranges measured on `CALIBRATION` images of the data.
+
+    It is ONNX Runtime's static quantisation: weights per channel, and pairs of QuantizeLinear and DequantizeLinear.
+
+    Raises:
+        ConfigError: onnxruntime cannot quantise the file, or it cannot be written.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    indices = range(0, len(data), max(1, len(data) // CALIBRATION))[:CALIBRATION]
+    images = ({"images": data[index][0].unsqueeze(0).numpy()} for index in indices)
+
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> dict[str, Any] | None:
+            return next(images, None)
+
+    with replacing(path) as temporary, _quiet():
+        try:
+            quant_pre_process(path, temporary, skip_symbolic_shape=True)
+            quantize_static(
+                temporary, temporary, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, op_types_to_quantize=QUANTISED,
+            )  # fmt: skip
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"the ONNX file cannot be quantised ({_first_line(error)})") from error
+
+
+def accuracy(path: Path, data: Dataset) -> float:
+    """Top-1 accuracy of an ONNX classifier in percent."""
+    run = session_of(path)
+    right = sum(int(run(images)[0].argmax(1).eq(labels).sum()) for images, labels in DataLoader(data, batch_size=32))
+    return 100 * right / len(data)
 
 
 def _outputs(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:

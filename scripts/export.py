@@ -18,7 +18,19 @@ from startup import before_torch
 before_torch()
 
 import exporting
-from exporting import Features, at_size, describe, target, write_onnx, write_pt2, write_safetensors
+from exporting import (
+    Features,
+    accuracy,
+    at_size,
+    describe,
+    labelled_images,
+    quantised,
+    replacing,
+    target,
+    write_onnx,
+    write_pt2,
+    write_safetensors,
+)
 from models.config import ConfigError
 from trained import open_trained
 
@@ -32,6 +44,8 @@ def parse_arguments():
     parser.add_argument("--input_size", type=int, help="height and width of the images; default: the checkpoint's")
     parser.add_argument("--dynamic_size", action="store_true", help="images of any height and width (.onnx, .pt2)")
     parser.add_argument("--features", action="store_true", help="feature maps instead of logits (.onnx, .pt2)")
+    parser.add_argument("--int8", metavar="IMAGES", help="int8 (.onnx), with the ranges of digits or a folder")
+    parser.add_argument("--evaluate", metavar="IMAGES", help="print the accuracy (.onnx) on a folder, or on digits")
     return parser.parse_args()
 
 
@@ -41,6 +55,10 @@ def run(args):
         exporting.require_onnx()
     if path.suffix == ".safetensors" and (args.features or args.dynamic_size):
         raise ConfigError(f"{path}: weights have neither --features nor --dynamic_size; leave these out")
+    if path.suffix != ".onnx" and (args.int8 or args.evaluate):
+        raise ConfigError(f"{path}: --int8 and --evaluate are for .onnx; leave these out")
+    if args.features and args.evaluate:
+        raise ConfigError("--evaluate needs the classifier; leave out --features")
     trained = open_trained(args.checkpoint, args.kw_config, args.ema)
     if args.input_size is not None:
         if args.input_size < 1:
@@ -54,8 +72,24 @@ def run(args):
         if path.suffix == ".pt2":
             write_pt2(*arguments)
         else:
-            report(write_onnx(*arguments, names=("features" if args.features else "logits",)))
+            onnx(args, trained, arguments)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+
+
+def onnx(args, trained, arguments):
+    """Write ONNX, with accuracies before and after quantisation."""
+    path = arguments[1]
+    # missing images are a mistake before anything is written
+    calibration = labelled_images(trained, args.int8, is_train=True) if args.int8 else None
+    evaluation = labelled_images(trained, args.evaluate, is_train=False) if args.evaluate else None
+    with replacing(path) as temporary:
+        arguments = (arguments[0], temporary, *arguments[2:])
+        report(write_onnx(*arguments, names=("features" if args.features else "logits",)))
+        for kind in ("float32", "int8") if args.int8 else ("float32",):
+            if kind == "int8":
+                quantised(temporary, calibration)
+            if evaluation is not None:
+                print(f"{kind}: top-1 accuracy {accuracy(temporary, evaluation):.2f} % of {len(evaluation)} images")
 
 
 def report(result):

@@ -208,6 +208,22 @@ def test_command_writes_onnx(checkpoint, tmp_path, export):
     assert_same(session_of(tmp_path / "net.onnx")(images)[0], expected)
 
 
+def test_int8_of_digits(checkpoint, tmp_path, export):
+    export(checkpoint, tmp_path / "float.onnx")
+    printed = export(checkpoint, tmp_path / "int8.onnx", "--int8", "digits", "--evaluate", "digits")
+    float32, int8 = (float(text) for text in re.findall(r"top-1 accuracy ([\d.]+) % of 360 images", printed))
+    assert abs(float32 - int8) < 10
+    sizes = [(tmp_path / name).stat().st_size for name in ("float.onnx", "int8.onnx")]
+    assert sizes[1] < 0.5 * sizes[0]
+    written = onnx.load(tmp_path / "int8.onnx")
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in written.graph.node}
+    assert "preprocessing" in {p.key for p in written.metadata_props}
+    assert {path.name for path in tmp_path.iterdir()} == {"float.onnx", "int8.onnx"}
+    images = torch.randn(3, 3, 32, 32)
+    values, expected = (session_of(tmp_path / name)(images)[0] for name in ("int8.onnx", "float.onnx"))
+    assert torch.nn.functional.cosine_similarity(values, expected).min() > 0.9
+
+
 def test_weights_tell_their_model(checkpoint, tmp_path, export):
     export(checkpoint, tmp_path / "net.safetensors")
     before, after = open_trained(str(checkpoint)), open_trained(str(tmp_path / "net.safetensors"))
@@ -228,6 +244,8 @@ def test_weights_tell_their_model(checkpoint, tmp_path, export):
         (("{folder}/none.pth", "{folder}/net.onnx"), "does not exist"),
         (("{checkpoint}", "{folder}/net.safetensors", "--features"), "leave these out"),
         (("{checkpoint}", "{folder}/net.pt2", "--input_size", "0"), "--input_size 0 is below 1"),
+        (("{checkpoint}", "{folder}/net.pt2", "--int8", "digits"), "are for .onnx"),
+        (("{checkpoint}", "{folder}/net.onnx", "--int8", "{folder}/none"), "none"),
         (("{checkpoint}", "{folder}/net.pt2", "--ema"), "no averaged weights"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
