@@ -1,6 +1,7 @@
 """Start of distributed processes, logs and the progress line."""
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -229,30 +230,43 @@ def check_target(path: str | Path) -> Path:
         raise ConfigError(f"{path}: cannot be written: {path.parent}: {error.strerror}") from None
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which replaces `path` if the body of the `with` statement succeeds.
+
+    Whenever the process dies, `path` holds either the old file or the whole new one.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        os.replace(temporary, path)
+        _flush_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def replace_file(path: Path, write: Callable[[IO[bytes]], Any], verify: Callable[[Path], Any] | None = None) -> None:
-    """Write a file; whenever the process dies, `path` holds either the old file or the whole new one.
+    """Write a file as `replacing` does.
 
     Args:
         path: file to write.
         write: called with an open file, writes the content into it.
         verify: called with the path of the written file before it replaces the old one; raises if it is damaged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         with open(temporary, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
         if verify is not None:
             verify(temporary)
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_out(text: str, path: Path | None) -> None:

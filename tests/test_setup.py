@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-REQUIREMENTS = ("requirements.txt", "requirements-dev.txt", "requirements-detection.txt")
+REQUIREMENTS = ("requirements.txt", "requirements-dev.txt", "requirements-export.txt", "requirements-detection.txt")
 
 
 def run(*command, cwd, **env):
@@ -47,6 +47,10 @@ def test_second_run_is_quick_and_a_killed_one_is_repaired(copy):
     (copy / "requirements.txt").write_text("# changed\n")
     code, output = setup(copy, "--no-detection")
     assert code == 0 and "make .venv" not in output and "install requirements.txt" in output
+
+    (copy / "requirements-export.txt").write_text("# changed\n")
+    code, output = setup(copy, "--no-detection")
+    assert code == 0 and "requirements-export.txt" in output
 
     # what a kill in the middle of pip leaves behind
     (copy / ".venv/.installing").touch()

@@ -61,7 +61,8 @@ class ContextGate(nn.Module):
         context = self.encode(pool_to(x, self.kernel_size).flatten(2))
         into = self.in_decode(F.relu(self.in_norm(context)))
         groups = F.relu(self.context_norm(context)).unflatten(1, (self.groups, -1))
-        mixed = self.interact(groups.transpose(2, 3)).transpose(2, 3).flatten(1, 2)
+        # BatchNorm's gradient is contiguous, while torch.compile expects it in the layout of BatchNorm's input
+        mixed = self.interact(groups.transpose(2, 3)).transpose(2, 3).flatten(1, 2).contiguous()
         return into, self.out_decode(F.relu(self.out_norm(mixed)))
 
 

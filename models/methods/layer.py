@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.control import backend_forced
+from ..ops.portable import portable_pool_to
+
 
 def _tuple(value: int | Sequence[int], dims: int, what: str) -> tuple[int, ...]:
     value = (value,) * dims if isinstance(value, int) else tuple(value)
@@ -74,6 +77,8 @@ def global_pool(x: Tensor) -> Tensor:
 
 def pool_to(x: Tensor, size: int | Sequence[int]) -> Tensor:
     """x [B, C, *S], averaged to maps of a size that is one number, or one for every dimension."""
+    if backend_forced() == "portable":
+        return portable_pool_to(x, size)
     operator = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[x.ndim - 2]
     return operator(x, size)
 

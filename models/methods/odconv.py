@@ -24,6 +24,7 @@ from .layer import (
     check_choice,
     global_pool,
     hidden_width,
+    pool_to,
     reset_linear,
     scaled,
 )
@@ -218,7 +219,7 @@ class ODAttention(ODHeads):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         if not self.names:
             return {}
-        pooled = global_pool(x) if self.side == 1 else F.adaptive_avg_pool2d(x, self.side).flatten(1)
+        pooled = global_pool(x) if self.side == 1 else pool_to(x, self.side).flatten(1)
         return self.attend(F.relu(self.bn(self.fc(pooled))))
 
 

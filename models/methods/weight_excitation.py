@@ -26,7 +26,7 @@ def activate(weight: Tensor) -> Tensor:
 
     Its derivative at constant M, 1 / (1 - (w / M)^2), grows with the magnitude of the weight.
     """
-    limit = (1 + MARGIN) * weight.detach().abs().amax().clamp_min(torch.finfo(weight.dtype).tiny)
+    limit = (1 + MARGIN) * weight.detach().abs().max().clamp_min(torch.finfo(weight.dtype).tiny)
     return limit * torch.atanh(weight / limit)
 
 

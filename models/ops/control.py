@@ -33,7 +33,8 @@ def tell(name: str, *arguments: object) -> None:
 def forced_backend(backend: str | None) -> Iterator[None]:
     """Inside the context, evaluate every mixture convolution with this backend where it can; None lets the cost decide.
 
-    With "naive", `sample_conv` is also evaluated by its definition, `grouped_sample_conv`.
+    With "naive", `sample_conv` is also evaluated by its definition, `grouped_sample_conv`. With "portable", every
+    operator is composed of plain operations of PyTorch, which exporters know.
     """
     global _forced
     before, _forced = _forced, backend

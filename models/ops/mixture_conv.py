@@ -12,6 +12,7 @@ from .control import backend_forced, tell
 from .cost import cheapest
 from .geometry import Geometry, geometry, is_channels_last, output_size
 from .naive import mixture_conv_naive
+from .portable import portable_mixture_conv
 
 
 def mixture_conv(
@@ -37,8 +38,9 @@ def mixture_conv(
         alpha: [B, m, n], the weights of the n cells in each of the m mixtures.
         cells: [n, co, ci, *k], where k is all ones or the kernel size.
         bias: [O] or None.
-        backend: a name in `models.ops.backends.BACKENDS`, or "naive" for the reference; all agree up to rounding.
-            By default, the cost model chooses the one that it expects to be the fastest.
+        backend: a name in `models.ops.backends.BACKENDS`, "naive" for the reference, or "portable" for plain
+            operations of PyTorch; all agree up to rounding. By default, the cost model chooses the one that it expects
+            to be the fastest.
 
     Returns:
         [B, O, *S'], with channels innermost in memory if those of x are; under autocast in its data type, unless x is
@@ -62,6 +64,8 @@ def mixture_conv(
     x, alpha, bias = x.to(dtype), alpha.to(dtype), bias if bias is None else bias.to(dtype)
     if name == "naive":
         return mixture_conv_naive(x, alpha, cells.to(dtype), kernel_size, bias, stride, padding, dilation, groups)
+    if name == "portable":
+        return portable_mixture_conv(x, alpha, cells.to(dtype), kernel_size, bias, stride, padding, dilation, groups)
     tensors = [x, alpha, cells] if bias is None else [x, alpha, cells, bias]
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     eager = differentiable and not torch.compiler.is_compiling()

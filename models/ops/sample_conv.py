@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .control import backend_forced, tell
+from .convolution import conv, with_bias
 from .geometry import SMALL_MAP, output_size
+from .portable import portable_sample_conv
 
 
 def sample_conv(
@@ -34,6 +36,8 @@ def sample_conv(
     tell("sample_conv", x, kernels, bias, stride, padding, dilation, groups)
     dims, window = x.ndim - 2, kernels.shape[3:]
     stride, padding, dilation = ([v] * dims if isinstance(v, int) else list(v) for v in (stride, padding, dilation))
+    if backend_forced() == "portable":
+        return portable_sample_conv(x, kernels, bias, stride, padding, dilation, groups)
     out = output_size(x.shape[2:], window, stride, padding, dilation)
     if backend_forced() == "naive":
         return grouped_sample_conv(x, kernels, bias, stride, padding, dilation, groups)
@@ -44,23 +48,6 @@ def sample_conv(
     else:
         return grouped_sample_conv(x, kernels, bias, stride, padding, dilation, groups)
     return with_bias((kernels.flatten(2) @ patches).unflatten(2, out), bias)
-
-
-def conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Tensor:
-    """Convolve x [B, C, *S] with one kernel [O, I, *k], in as many dimensions as S has.
-
-    The arguments are those of `torch.nn.functional.conv2d`.
-    """
-    operator = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[x.ndim - 2]
-    return operator(x, weight, bias, stride, padding, dilation, groups)
 
 
 def grouped_sample_conv(
@@ -82,8 +69,3 @@ def grouped_sample_conv(
     x = x.reshape(1, batch * c_in, *x.shape[2:])
     y = conv(x, kernels.flatten(0, 1), None, stride, padding, dilation, batch * groups)
     return with_bias(y.reshape(batch, kernels.shape[1], *y.shape[2:]), bias)
-
-
-def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    """Add the bias, [O] or None, to y [B, O, *S] in the data type of y, which autocast may have chosen."""
-    return y if bias is None else y + bias.reshape(1, -1, *[1] * (y.ndim - 2)).to(y.dtype)

@@ -261,7 +261,7 @@ class KRClassifier(nn.Linear):
         step = self._relay.take(self.layer)
         self._relay.hand_on(step)
         d = step.representation()
-        d = d.reshape(len(d), *[1] * (x.ndim - 2), d.shape[-1]).expand(*x.shape[:-1], -1)
+        d = d.reshape(d.shape[0], *[1] * (x.ndim - 2), d.shape[-1]).expand(*x.shape[:-1], -1)
         return super().forward(torch.cat([x, d], dim=-1))
 
 
@@ -313,7 +313,7 @@ class LearnedStart(nn.Module):
         self.vector = nn.Parameter(torch.randn(START_SIZE, device=device, dtype=dtype))
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.vector.expand(len(image), -1)
+        return self.vector.expand(image.shape[0], -1)
 
 
 STARTS = {"frequency": FrequencyStart, "learned": LearnedStart}

@@ -139,7 +139,7 @@ class KWAttention(nn.Module):
             # the cells of other mixtures get a logit that the attention function maps to 0
             fill = 0.0 if self.attention_function in ("caf", "relu") else float("-inf")
             z = z.view(-1, self.m, 2)
-            return z.new_full((len(z), self.m, self.n + 1), fill).scatter(2, self.only.expand_as(z), z)
+            return z.new_full((z.shape[0], self.m, self.n + 1), fill).scatter(2, self.only.expand_as(z), z)
         return z.view(-1, self.m, self.n + 1)
 
     def forward(self, pooled: Tensor, hidden: Tensor | None = None) -> Tensor:

@@ -1,0 +1,387 @@
+"""Writes trained models for runtimes that have neither this project nor, for ONNX, PyTorch.
+
+Shapes: images are [B, 3, H, W], with any B; H and W are those of the export unless they were made dynamic.
+"""
+
+import contextlib
+import copy
+import json
+import logging
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import checkpoints
+import utils
+from loading.images import DigitsData, ImageFolderData
+from loading.transforms import make_transform
+from measure import seconds
+from models.config import ConfigError
+from models.ops.control import forced_backend
+from models.temperature import get_temperature
+from trained import Trained
+
+SUFFIXES = (".onnx", ".pt2", ".safetensors")
+OPSET = 18
+BATCHES = (1, 2, 5)
+# Largest difference from PyTorch, relative to the largest output: this, or ten times PyTorch's own rounding error in
+# networks that amplify rounding errors.
+TOLERANCE, OWN_ERRORS = 1e-3, 10
+REPEATS = 15
+# images to measure the ranges of activations with, and operators that become int8
+CALIBRATION, QUANTISED = 100, ["Conv", "MatMul", "Gemm"]
+
+
+def target(path: str) -> Path:
+    """The path of a file that can be written, and whose suffix tells what to write.
+
+    Raises:
+        ConfigError: the suffix is another one, or the file cannot be written.
+    """
+    if Path(path).suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: the suffix tells the format; use one of {', '.join(SUFFIXES)}")
+    return utils.check_target(path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """As `utils.replacing`, for a user's file.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        with utils.replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+class Features(nn.Module):
+    """The features of a timm model, without its classifier: images -> [B, C, H', W'] or [B, N, C]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if not hasattr(model, "forward_features"):
+            raise ConfigError(f"{type(model).__name__} has no features apart from its classifier; leave out --features")
+        if hasattr(model, "kernel_representation"):
+            raise ConfigError(
+                "the features of Kernel Representation do not tell all that its classifier needs: it also reads the "
+                "representation; leave out --features"
+            )
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.forward_features(images)
+
+
+def describe(trained: Trained) -> dict[str, Any]:
+    """What a user of the file needs to know: the model's name, its temperature, its classes, its preprocessing."""
+    return {
+        "model": trained.args.model,
+        "temperature": get_temperature(trained.model),
+        "classes": None if trained.classes is None else list(trained.classes),
+        "preprocessing": _preprocessing(trained.transform),
+    }
+
+
+def _preprocessing(transform: transforms.Compose) -> dict[str, Any]:
+    """The steps of an evaluation's transform, in their order: resize (its interpolation), crop, then mean and std."""
+    steps = {}
+    for step in transform.transforms:
+        if isinstance(step, transforms.Resize):
+            steps.update(resize=step.size, interpolation=step.interpolation.value)
+        elif isinstance(step, transforms.CenterCrop):
+            steps["crop"] = list(step.size)
+        elif isinstance(step, transforms.Normalize):
+            steps.update(range=[0, 1], mean=list(step.mean), std=list(step.std))
+    return steps
+
+
+def at_size(trained: Trained, size: int) -> Trained:
+    """The same model with the preprocessing for images of another size."""
+    trained.args.input_size = size
+    return Trained(trained.model, trained.classes, trained.args, make_transform(trained.args, is_train=False))
+
+
+def images_of(batch: int, height: int, width: int) -> Tensor:
+    """Reproducible images [batch, 3, height, width] to trace and to compare a model with."""
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(batch))
+
+
+@torch.no_grad()
+def traced(model: nn.Module, size: int, dynamic_size: bool = False) -> torch.export.ExportedProgram:
+    """The model as a program of PyTorch's own operators, for any batch.
+
+    Args:
+        model: takes images, in evaluation mode.
+        size: their height and width.
+        dynamic_size: accept other heights and widths, too.
+
+    Raises:
+        ConfigError: the model cannot be traced, or not at other sizes.
+    """
+    dims = {0: torch.export.Dim("batch", min=1)}
+    if dynamic_size:
+        dims.update({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC})
+        try:
+            model(images_of(1, *other_size(size)))
+        except Exception as error:
+            raise ConfigError(f"the model takes images of {size}x{size} only; leave out --dynamic_size") from error
+    try:
+        with forced_backend("portable"), _quiet():
+            program = torch.export.export(model, (images_of(2, size, size),), dynamic_shapes=(dims,), strict=False)
+    except Exception as error:
+        # the tracer raises exceptions of any type
+        hint = "; leave out --dynamic_size" if dynamic_size else ""
+        raise ConfigError(f"the model cannot be traced ({_first_line(error)}){hint}") from error
+    for node in program.graph.nodes:
+        # lines of source code, with the folders of this machine
+        node.meta.pop("stack_trace", None)
+    _fold_norms(program)
+    return program
+
+
+def _fold_norms(program: torch.export.ExportedProgram) -> None:
+    """Make BatchNorm a part of the static convolution before it, where nothing else reads that convolution."""
+    names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
+    aten, state = torch.ops.aten, program.state_dict
+    for norm in list(program.graph.nodes):
+        if norm.op != "call_function" or norm.target != aten.batch_norm.default:
+            continue
+        convolution, (weight, bias, mean, variance), epsilon = norm.args[0], norm.args[1:5], norm.args[7]
+        if convolution.target not in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
+            continue
+        kernel, own_bias = (*convolution.args, None)[1:3]
+        changed = [kernel, bias] if own_bias is None else [kernel, own_bias]
+        constants = [node for node in (*changed, weight, bias, mean, variance) if node is not None]
+        # a kernel that is computed, or read by another layer as well, stays as it is
+        if None in (weight, bias) or any(node.name not in names for node in constants):
+            continue
+        if any(len(node.users) > 1 for node in (convolution, *changed)):
+            continue
+        values = [None if node is None else state[names[node.name]] for node in (kernel, own_bias, mean, variance)]
+        fused = fuse_conv_bn_weights(*values, epsilon, *(state[names[node.name]] for node in (weight, bias)))
+        # new entries: the old ones are the model's own parameters
+        state.update(zip((names[node.name] for node in changed), fused, strict=True))
+        convolution.args = (*convolution.args[:2], changed[1], *convolution.args[3:])
+        norm.replace_all_uses_with(convolution)
+        program.graph.erase_node(norm)
+    program.graph_module.recompile()
+
+
+def other_size(size: int) -> tuple[int, int]:
+    """A height and a width that differ from `size`, to trace and to compare a model of dynamic size with."""
+    return size + 32, size + 64
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the notes that exporters print about their own progress."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def write_safetensors(trained: Trained, path: Path) -> None:
+    """Write the weights, with the settings that `open_trained` builds the model from."""
+    checkpoint = {
+        "model": trained.model.state_dict(),
+        "args": {**vars(trained.args), "classes": trained.classes},
+        "temperature": get_temperature(trained.model),
+    }
+    about = {"preprocessing": _preprocessing(trained.transform)}
+    checkpoints.write_weights(path, checkpoints.weights_of(checkpoint, path) | about)
+
+
+def write_pt2(model: nn.Module, path: Path, size: int, about: dict[str, Any], dynamic_size: bool = False) -> None:
+    """Write a program for `torch.export.load`, which runs without this project.
+
+    Args:
+        model: takes images, in evaluation mode.
+        path: of the file.
+        size: height and width of the images.
+        about: is kept in the file as `about.json`.
+        dynamic_size: accept other heights and widths, too.
+
+    Raises:
+        ConfigError: the model cannot be traced, or the file cannot be written.
+    """
+    program = traced(model, size, dynamic_size)
+    with replacing(path) as temporary, _quiet():
+        torch.export.save(program, temporary, extra_files={"about.json": json.dumps(about)})
+
+
+def write_onnx(
+    model: nn.Module,
+    path: Path,
+    size: int,
+    about: dict[str, Any],
+    dynamic_size: bool = False,
+    names: tuple[str, ...] = ("logits",),
+) -> dict[str, float]:
+    """Write a model as ONNX, of standard operators only, once it has been compared with PyTorch in ONNX Runtime.
+
+    Args:
+        model: takes images, in evaluation mode.
+        path: of the file.
+        size: height and width of the images.
+        about: becomes the metadata of the file, each value as JSON unless it is a string.
+        dynamic_size: accept other heights and widths, too.
+        names: of the outputs.
+
+    Returns:
+        What `compared` does.
+
+    Raises:
+        ConfigError: onnx or onnxruntime is missing, the model cannot be traced, the file differs from it or cannot be
+            written.
+    """
+    require_onnx()
+    program = traced(model, size, dynamic_size)
+    try:
+        with _quiet():
+            onnx_program = torch.onnx.export(
+                program, dynamo=True, verbose=False, opset_version=OPSET, input_names=["images"], output_names=names
+            )
+    except Exception as error:
+        # the exporter raises exceptions of any type
+        raise ConfigError(f"the model cannot be written as ONNX ({_first_line(error)})") from error
+    for key, value in about.items():
+        onnx_program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+    with replacing(path) as temporary:
+        onnx_program.save(temporary, external_data=False)
+        return compared(model, temporary, size, dynamic_size)
+
+
+def require_onnx() -> None:
+    """Raises ConfigError unless onnx, onnxscript and onnxruntime are installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"{error.name or error} is not installed; ONNX files need: pip install -r requirements-export.txt"
+        ) from None
+
+
+def session_of(path: Path) -> Callable[[Tensor], list[Tensor]]:
+    """A function from images to the outputs of an ONNX file, in ONNX Runtime with as many threads as PyTorch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: [torch.from_numpy(y) for y in session.run(None, {name: images.numpy()})]
+
+
+@torch.no_grad()
+def compared(model: nn.Module, path: Path, size: int, dynamic_size: bool = False) -> dict[str, float]:
+    """Compare an ONNX file with its model at several batches, and measure both at batch 1.
+
+    Returns:
+        "error" and "own_error", the largest differences of ONNX Runtime and of PyTorch in float32 from PyTorch in
+        float64, relative to the largest output; "torch" and "onnx", the median seconds of a batch of 1.
+
+    Raises:
+        ConfigError: the difference is greater than `TOLERANCE` and `OWN_ERRORS` times PyTorch's own.
+    """
+    run, exact = session_of(path), copy.deepcopy(model).double()
+    result = {"error": 0.0, "own_error": 0.0}
+    for batch in BATCHES:
+        images = images_of(batch, *(other_size(size) if dynamic_size and batch == BATCHES[-1] else (size, size)))
+        expected = _outputs(exact(images.double()))
+        for key, values in (("error", run(images)), ("own_error", _outputs(model(images)))):
+            result[key] = max(result[key], *map(_difference, values, expected))
+    limit = max(TOLERANCE, OWN_ERRORS * result["own_error"])
+    if not result["error"] <= limit:
+        raise ConfigError(
+            f"ONNX Runtime differs from PyTorch by {result['error']:.1e} of the largest output, more than {limit:.1e}; "
+            "nothing was written"
+        )
+    images, times = images_of(1, size, size), {"torch": [], "onnx": []}
+    for _ in range(REPEATS):
+        times["torch"].append(seconds(lambda: model(images), "cpu"))
+        times["onnx"].append(seconds(lambda: run(images), "cpu"))
+    return {**result, **{name: statistics.median(values) for name, values in times.items()}}
+
+
+def labelled_images(trained: Trained, source: str, is_train: bool) -> Dataset:
+    """Images and labels in the preprocessing of a model's evaluation.
+
+    Args:
+        trained: the model.
+        source: "digits" for the embedded ones, or a folder with a folder of images for each class.
+        is_train: of digits, those to train with.
+
+    Raises:
+        ConfigError: there is no such folder, or it holds no images.
+    """
+    if source == "digits":
+        return DigitsData(is_train, trained.transform)
+    return ImageFolderData(Path(source), trained.transform, "--int8" if is_train else "--evaluate")
+
+
+def quantised(path: Path, data: Dataset) -> None:
+    """Make an ONNX file int8, weights and activations, with ranges measured on `CALIBRATION` images of the data.
+
+    It is ONNX Runtime's static quantisation: weights per channel, and pairs of QuantizeLinear and DequantizeLinear.
+
+    Raises:
+        ConfigError: onnxruntime cannot quantise the file, or it cannot be written.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    indices = range(0, len(data), max(1, len(data) // CALIBRATION))[:CALIBRATION]
+    images = ({"images": data[index][0].unsqueeze(0).numpy()} for index in indices)
+
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> dict[str, Any] | None:
+            return next(images, None)
+
+    with replacing(path) as temporary, _quiet():
+        try:
+            quant_pre_process(path, temporary, skip_symbolic_shape=True)
+            quantize_static(
+                temporary, temporary, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, op_types_to_quantize=QUANTISED,
+            )  # fmt: skip
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"the ONNX file cannot be quantised ({_first_line(error)})") from error
+
+
+def accuracy(path: Path, data: Dataset) -> float:
+    """Top-1 accuracy of an ONNX classifier in percent."""
+    run = session_of(path)
+    right = sum(int(run(images)[0].argmax(1).eq(labels).sum()) for images, labels in DataLoader(data, batch_size=32))
+    return 100 * right / len(data)
+
+
+def _outputs(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _difference(value: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected value; infinite where it is not finite."""
+    error = (value.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+    return float(error.nan_to_num(nan=torch.inf))
