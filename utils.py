@@ -226,6 +226,8 @@ def check_target(path: str | Path) -> Path:
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             return path
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no folder {path.parent}; make it first") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {path.parent}: {error.strerror}") from None
 

@@ -243,11 +243,11 @@ def test_weights_tell_their_model(checkpoint, tmp_path, export):
     ("arguments", "message"),
     [
         (("{checkpoint}", "net.tflite"), "use one of .onnx, .pt2, .safetensors"),
-        (("{checkpoint}", "no/net.onnx"), "there is no folder no"),
+        (("{checkpoint}", "no/net.onnx"), "there is no folder "),
         (("README.md", "{folder}/net.onnx"), "README.md"),
         (("{folder}/none.pth", "{folder}/net.onnx"), "does not exist"),
         (("{checkpoint}", "{folder}/net.safetensors", "--features"), "leave these out"),
-        (("{checkpoint}", "{folder}/net.pt2", "--input_size", "0"), "--input_size 0 is below 1"),
+        (("{checkpoint}", "{folder}/net.pt2", "--input_size", "0"), "--input_size: must be at least 1"),
         (("{checkpoint}", "{folder}/net.pt2", "--int8", "digits"), "are for .onnx"),
         (("{checkpoint}", "{folder}/net.onnx", "--int8", "{folder}/none"), "none"),
         (("{checkpoint}", "{folder}/net.pt2", "--ema"), "no averaged weights"),
