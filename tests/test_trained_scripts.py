@@ -177,7 +177,7 @@ def test_predict_refuses(last, images, tmp_path, refused):
         ((last, image, "--batch_size", "many"), "--batch_size"),
         ((last, image, "--format", "xml"), "--format"),
         ((last, image, "--kw_config", "missing.json"), "missing.json"),
-        ((last, image, "--output", tmp_path / "no" / "x"), "cannot be written"),
+        ((last, image, "--output", tmp_path / "no" / "x"), "there is no folder"),
         ((last, image, "--output", tmp_path), "not a file"),
         # before anything is computed
         ((tmp_path / "missing.pth", image, "--output", "/dev/null/x"), "/dev/null/x"),
@@ -241,7 +241,7 @@ def test_validate_refuses(last, tmp_path, refused, monkeypatch):
         ((last, "--data_pat", "x"), "--data_path"),
         ((last, "--input_size", "0"), "--input_size"),
         ((last, "--resume", last), "--resume"),
-        ((last, "--output", tmp_path / "no" / "x.csv"), "cannot be written"),
+        ((last, "--output", tmp_path / "no" / "x.csv"), "there is no folder"),
     ):
         assert part in refused(validate, *arguments)
     monkeypatch.setenv("RANK", "0")
@@ -358,7 +358,7 @@ def test_clean_refuses(last, tmp_path, refused, monkeypatch):
     assert "missing.pth" in refused(clean_checkpoint, "missing.pth", *out)
     assert "the checkpoint itself" in refused(clean_checkpoint, last, "--output", last)
     assert ".safetensors" in refused(clean_checkpoint, last, "--output", tmp_path / "x.bin")
-    assert "cannot be written" in refused(clean_checkpoint, last, "--output", tmp_path / "no" / "x.pth")
+    assert "there is no folder" in refused(clean_checkpoint, last, "--output", tmp_path / "no" / "x.pth")
     state = {"model": {"weight": torch.ones(3)}}
     torch.save(state, tmp_path / "bare.pth")
     assert "averaged" in refused(clean_checkpoint, tmp_path / "bare.pth", *out, "--ema")
