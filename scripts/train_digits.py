@@ -33,24 +33,34 @@ TABLE = "| " + " | ".join(COLUMNS) + " |\n|---|---|---:|---:|---:|---:|\n"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("configs", nargs="*", help="config files; default: all of configs/digits")
-    parser.add_argument("--output", default="", help="file to write the table to; default: the standard output")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=2)
+    parser = make_parser(__doc__.splitlines()[0], "all of configs/digits")
     parser.add_argument("--options", nargs="...", default=[], help="all that follows: options of main.py for every run")
     args = parser.parse_args()
     configs = args.configs or sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/digits/*.json"))
     seeds = ", ".join(map(str, args.seeds))
     text = (HEAD.format(threads=args.threads, seeds=seeds) if args.output else "") + TABLE
-    for config in configs:
-        row = row_of(config, [train(config, seed, args) for seed in args.seeds])
+    rows = (row_of(config, [train(config, seed, args) for seed in args.seeds]) for config in configs)
+    write_rows(text, rows, args.output)
+
+
+def make_parser(description, default):
+    """A parser of the options of a script that trains configs of digits; `default` tells which."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("configs", nargs="*", help=f"config files; default: {default}")
+    parser.add_argument("--output", default="", help="file to write the table to; default: the standard output")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=2)
+    return parser
+
+
+def write_rows(text, rows, output):
+    """Write a text and the rows that follow it, after each of them, so that an interrupted script keeps its rows."""
+    for row in rows:
         print(row, file=sys.stderr, flush=True)
         text += row + "\n"
-        # write after every config, so that an interrupted script keeps its rows
-        if args.output:
-            Path(args.output).write_text(text)
-    if not args.output:
+        if output:
+            Path(output).write_text(text)
+    if not output:
         print(text, end="")
 
 

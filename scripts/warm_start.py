@@ -4,13 +4,11 @@
 python scripts/warm_start.py --output results/warm_start.md [CONFIG ...] [--seeds 0 1 2]
 """
 
-import argparse
 import re
-import sys
 import tempfile
 from pathlib import Path
 
-from train_digits import ROOT, name_of, run, spread
+from train_digits import ROOT, make_parser, name_of, run, spread, write_rows
 
 STATIC = "configs/digits/test_resnet.json"
 # these add attention to features and have no kernels of their own, or are the same as another from static weights
@@ -31,12 +29,7 @@ for four more epochs; the first row is the static network, which is trained on a
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("configs", nargs="*", help="config files; default: those of configs/digits with own kernels")
-    parser.add_argument("--output", default="", help="file to write the table to; default: the standard output")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    args = make_parser(__doc__.splitlines()[0], "those of configs/digits with own kernels").parse_args()
     found = sorted((ROOT / "configs/digits").glob("*_test_resnet.json"))
     found = [str(path.relative_to(ROOT)) for path in found if not path.name.startswith(LEFT_OUT)]
     text = HEAD.format(seeds=", ".join(map(str, args.seeds)))
@@ -44,17 +37,15 @@ def main():
         trained = {seed: Path(folder) / f"{seed}" for seed in args.seeds}
         for seed, output in trained.items():
             run(STATIC, seed, args.threads, ["--output_dir", str(output)])
-        for config in [STATIC, *(args.configs or found)]:
-            accuracies = [from_static(config, seed, args.threads, output) for seed, output in trained.items()]
-            starts, ends = (spread(values) for values in zip(*accuracies, strict=True))
-            row = f"| {name_of(config)} | [{Path(config).stem}](../{config}) | {starts} | {ends} |"
-            print(row, file=sys.stderr, flush=True)
-            text += row + "\n"
-            # write after every config, so that an interrupted script keeps its rows
-            if args.output:
-                Path(args.output).write_text(text)
-    if not args.output:
-        print(text, end="")
+        rows = (row_of(config, args, trained) for config in [STATIC, *(args.configs or found)])
+        write_rows(text, rows, args.output)
+
+
+def row_of(config, args, trained):
+    """The row of the table for a config, from the static runs of all seeds."""
+    accuracies = [from_static(config, seed, args.threads, output) for seed, output in trained.items()]
+    starts, ends = (spread(values) for values in zip(*accuracies, strict=True))
+    return f"| {name_of(config)} | [{Path(config).stem}](../{config}) | {starts} | {ends} |"
 
 
 def from_static(config, seed, threads, trained):
