@@ -68,11 +68,7 @@ def counting_backend(graphs):
 @torch.no_grad()
 def take_statistics(model, x):
     """Give every BatchNorm the statistics of `x`, as a training would: fresh ones do not fit the weights."""
-    model.train()
-    momenta = {module: module.momentum for module in model.modules() if hasattr(module, "running_mean")}
-    for norm in momenta:
-        # also those that a backbone keeps in eval mode
-        norm.train().momentum = 1.0
-    model(x)
-    for norm, momentum in momenta.items():
-        norm.momentum = momentum
+    for module in model.modules():
+        if hasattr(module, "running_mean"):
+            module.momentum = 1.0
+    model.train()(x)

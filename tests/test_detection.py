@@ -347,7 +347,7 @@ def test_every_config_trains_and_evaluates(path, coco):
     cfg = on(coco, path)
     # untrained heads are sure of nothing
     cfg.model.test_cfg.rcnn.score_thr = 0.0
-    # of residual branches that begin at one, DCD's are no numbers until training gave BatchNorm its statistics
+    # with the released initialisation, DCD's features are NaN until training has given BatchNorm its statistics
     cfg.model.backbone.initialisation = "timm"
     check_data(cfg, ("train", "val", "test"))
     train, val = (cfg[f"{phase}_dataloader"].dataset for phase in ("train", "val"))

@@ -281,6 +281,7 @@ def test_learns_to_detect(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_classifier_of_digits_helps(data, tmp_path):
     """Weights that main.py trained give a lower loss after the same steps."""
     classifier = tmp_path / "classifier"

@@ -143,6 +143,7 @@ def test_backend(backend, name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", DYNAMIC)
 @pytest.mark.parametrize("backend", [None, *ON_CPU])
 def test_every_temperature(backend, name):
