@@ -8,6 +8,7 @@ is within the limits stay static.
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -166,14 +167,29 @@ def warehouses_of(
     return {f"stage{stages[g.positions]}_group{next(numbers[g.positions])}": g.in_order(kernels) for g in groups}
 
 
+def _parts(layers: Sequence[Group]) -> list[Group]:
+    """Layers of one shape in as few groups as give each of them cells: the attentions of all to all may be too many."""
+    for count in range(1, len(layers) + 1):
+        parts = [reduce(operator.or_, part) for part in _chunks(layers, count)]
+        if all(part.cell for part in parts):
+            return parts
+    return [reduce(operator.or_, layers)]
+
+
+def _chunks(layers: Sequence[Group], count: int) -> Iterator[Sequence[Group]]:
+    """`count` runs of neighbours, as equal in length as can be."""
+    bounds = [i * len(layers) // count for i in range(count + 1)]
+    return (layers[first:end] for first, end in itertools.pairwise(bounds))
+
+
 def _grouped(layers: Sequence[Group]) -> list[Group]:
     """Join layers of one resolution where that gives more mixtures to share, the largest kernels first."""
-    alike: dict[tuple[int, ...], Group] = {}
+    alike: dict[tuple[int, ...], list[Group]] = {}
     for layer in layers:
-        key = tuple(*layer.kernels.values())
-        alike[key] = alike[key] | layer if key in alike else layer
+        alike.setdefault(tuple(*layer.kernels.values()), []).append(layer)
+    parts = [part for same in alike.values() for part in _parts(same)]
     groups: list[Group] = []
-    for group in sorted(alike.values(), key=lambda group: -group.size):
+    for group in sorted(parts, key=lambda group: -group.size):
         rank = len(next(iter(group.kernels.values())))
         joined = [
             (both.mixtures, -i, both)
