@@ -6,16 +6,13 @@ Shapes: images are [B, 3, H, W], with any B; H and W are those of the export unl
 import contextlib
 import copy
 import json
-import logging
 import statistics
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -25,8 +22,8 @@ from loading.images import DigitsData, ImageFolderData
 from loading.transforms import make_transform
 from measure import seconds
 from models.config import ConfigError
-from models.ops.control import forced_backend
 from models.temperature import get_temperature
+from models.tracing import first_line, images_of, other_size, quiet, traced
 from trained import Trained
 
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
@@ -112,94 +109,6 @@ def at_size(trained: Trained, size: int) -> Trained:
     return Trained(trained.model, trained.classes, trained.args, make_transform(trained.args, is_train=False))
 
 
-def images_of(batch: int, height: int, width: int) -> Tensor:
-    """Reproducible images [batch, 3, height, width] to trace and to compare a model with."""
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(batch))
-
-
-@torch.no_grad()
-def traced(model: nn.Module, size: int, dynamic_size: bool = False) -> torch.export.ExportedProgram:
-    """The model as a program of PyTorch's own operators, for any batch.
-
-    Args:
-        model: takes images, in evaluation mode.
-        size: their height and width.
-        dynamic_size: accept other heights and widths, too.
-
-    Raises:
-        ConfigError: the model cannot be traced, or not at other sizes.
-    """
-    dims = {0: torch.export.Dim("batch", min=1)}
-    if dynamic_size:
-        dims.update({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC})
-        try:
-            model(images_of(1, *other_size(size)))
-        except Exception as error:
-            raise ConfigError(f"the model takes images of {size}x{size} only; leave out --dynamic_size") from error
-    try:
-        with forced_backend("portable"), _quiet():
-            program = torch.export.export(model, (images_of(2, size, size),), dynamic_shapes=(dims,), strict=False)
-    except Exception as error:
-        # the tracer raises exceptions of any type
-        hint = "; leave out --dynamic_size" if dynamic_size else ""
-        raise ConfigError(f"the model cannot be traced ({_first_line(error)}){hint}") from error
-    for node in program.graph.nodes:
-        # lines of source code, with the folders of this machine
-        node.meta.pop("stack_trace", None)
-    _fold_norms(program)
-    return program
-
-
-def _fold_norms(program: torch.export.ExportedProgram) -> None:
-    """Make BatchNorm a part of the static convolution before it, where nothing else reads that convolution."""
-    names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
-    aten, state = torch.ops.aten, program.state_dict
-    for norm in list(program.graph.nodes):
-        if norm.op != "call_function" or norm.target != aten.batch_norm.default:
-            continue
-        convolution, (weight, bias, mean, variance), epsilon = norm.args[0], norm.args[1:5], norm.args[7]
-        if convolution.target not in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
-            continue
-        kernel, own_bias = (*convolution.args, None)[1:3]
-        changed = [kernel, bias] if own_bias is None else [kernel, own_bias]
-        constants = [node for node in (*changed, weight, bias, mean, variance) if node is not None]
-        # a kernel that is computed, or read by another layer as well, stays as it is
-        if None in (weight, bias) or any(node.name not in names for node in constants):
-            continue
-        if any(len(node.users) > 1 for node in (convolution, *changed)):
-            continue
-        values = [None if node is None else state[names[node.name]] for node in (kernel, own_bias, mean, variance)]
-        fused = fuse_conv_bn_weights(*values, epsilon, *(state[names[node.name]] for node in (weight, bias)))
-        # new entries: the old ones are the model's own parameters
-        state.update(zip((names[node.name] for node in changed), fused, strict=True))
-        convolution.args = (*convolution.args[:2], changed[1], *convolution.args[3:])
-        norm.replace_all_uses_with(convolution)
-        program.graph.erase_node(norm)
-    program.graph_module.recompile()
-
-
-def other_size(size: int) -> tuple[int, int]:
-    """A height and a width that differ from `size`, to trace and to compare a model of dynamic size with."""
-    return size + 32, size + 64
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the notes that exporters print about their own progress."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 def write_safetensors(trained: Trained, path: Path) -> None:
     """Write the weights, with the settings that `open_trained` builds the model from."""
     checkpoint = {
@@ -225,7 +134,7 @@ def write_pt2(model: nn.Module, path: Path, size: int, about: dict[str, Any], dy
         ConfigError: the model cannot be traced, or the file cannot be written.
     """
     program = traced(model, size, dynamic_size)
-    with replacing(path) as temporary, _quiet():
+    with replacing(path) as temporary, quiet():
         torch.export.save(program, temporary, extra_files={"about.json": json.dumps(about)})
 
 
@@ -255,15 +164,22 @@ def write_onnx(
             written.
     """
     require_onnx()
+    names_of_sizes = {0: "batch", 2: "height", 3: "width"} if dynamic_size else {0: "batch"}
     program = traced(model, size, dynamic_size)
     try:
-        with _quiet():
+        with quiet():
             onnx_program = torch.onnx.export(
-                program, dynamo=True, verbose=False, opset_version=OPSET, input_names=["images"], output_names=names
+                program,
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=names,
+                dynamic_shapes=(names_of_sizes,),
             )
     except Exception as error:
         # the exporter raises exceptions of any type
-        raise ConfigError(f"the model cannot be written as ONNX ({_first_line(error)})") from error
+        raise ConfigError(f"the model cannot be written as ONNX ({first_line(error)})") from error
     for key, value in about.items():
         onnx_program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
     with replacing(path) as temporary:
@@ -359,7 +275,7 @@ def quantised(path: Path, data: Dataset) -> None:
         def get_next(self) -> dict[str, Any] | None:
             return next(images, None)
 
-    with replacing(path) as temporary, _quiet():
+    with replacing(path) as temporary, quiet():
         try:
             quant_pre_process(path, temporary, skip_symbolic_shape=True)
             quantize_static(
@@ -367,7 +283,7 @@ def quantised(path: Path, data: Dataset) -> None:
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, op_types_to_quantize=QUANTISED,
             )  # fmt: skip
         except (ValueError, RuntimeError) as error:
-            raise ConfigError(f"the ONNX file cannot be quantised ({_first_line(error)})") from error
+            raise ConfigError(f"the ONNX file cannot be quantised ({first_line(error)})") from error
 
 
 def accuracy(path: Path, data: Dataset) -> float:

@@ -23,6 +23,7 @@ import torch
 import exporting
 from models import ConfigError, build_model
 from models.build import PREFIXES
+from models.tracing import images_of
 
 # a prefix that names a plan for one network
 ONE_NETWORK = "kw1d2x"
@@ -63,7 +64,7 @@ def row_of(name, size, folder):
             # the mean of all batches, of which there is one
             module.momentum = None
     with torch.no_grad():
-        model.train()(exporting.images_of(8, size, size))
+        model.train()(images_of(8, size, size))
     path = folder / f"{name}.onnx"
     result = exporting.write_onnx(model.eval(), path, size, {"model": name})
     numbers = [f"{result[key]:.1e}" for key in ("error", "own_error")]

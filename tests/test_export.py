@@ -14,17 +14,19 @@ from mixture_calls import definition, make_call, with_gradients
 from tolerance import assert_same
 from torch import nn
 
-from exporting import Features, session_of, traced, write_onnx, write_pt2
-from models import build_model, convert, load_weights, mixture_conv
+from exporting import Features, session_of, write_onnx, write_pt2
+from models import build_model, convert, load_weights, mixture_conv, set_temperature
 from models.config import ConfigError
 from models.methods import METHODS as BY_NAME
 from models.ops.portable import portable_pool_to
+from models.tracing import traced
 from trained import open_trained
 
 onnx = pytest.importorskip("onnx", reason="needs requirements-export.txt")
 pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
 # of float32 in ONNX Runtime, relative to the largest output; observed at most 5e-6 in networks of few layers
 FEW_LAYERS = 1e-4
+STATIC_NODES = {"Conv", "Gemm", "Relu", "ReduceMean", "Reshape", "Flatten", "GlobalAveragePool"}
 FAMILIES = [
     *(f"{method}_{net}" for method in ("kw", "od", "dyconv", "condconv", "dcd", "kr", "cgc", "weightnet", "we")
       for net in ("resnet18", "mobilenetv2_050", "convnext_atto")),
@@ -37,9 +39,10 @@ def trained_like(model, size, batch=8):
     return model.eval()
 
 
-def small(method):
+def small(method, **settings):
     """A network with a layer of every kind: dense with a stride, point-wise, depth-wise, linear."""
-    settings = {"cell_num_ratio": 1, "cell_inplane_ratio": 1, "cell_outplane_ratio": 1} if "kw" in method else {}
+    if "kw" in method:
+        settings.update(cell_num_ratio=1, cell_inplane_ratio=1, cell_outplane_ratio=1)
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3, 2, 1),
         nn.BatchNorm2d(16),
@@ -90,10 +93,21 @@ def test_portable_pooling(height):
 @pytest.mark.parametrize("method", [name for name in BY_NAME if name != "kw1d2x"])
 def test_small_network_as_onnx(method, tmp_path):
     assert_exports(small(method), tmp_path / "net.onnx", 16, FEW_LAYERS, dynamic_size=method == "cgc")
-    if method == "we":
-        # its kernels are the same for every input, so that they are constants of the file
-        kinds = {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node}
-        assert kinds.isdisjoint({"Atanh", "Sigmoid", "ReduceMax", "MatMul"})
+    image = onnx.load(tmp_path / "net.onnx").graph.input[0].type.tensor_type.shape.dim
+    size = ["height", "width"] if method == "cgc" else ["", ""]
+    assert [dim.dim_param for dim in image] == ["batch", "", *size]
+
+
+@pytest.mark.parametrize(("method", "settings"), [("we", {}), ("odconv", {"attentions": ["kernel"]}), ("kw", {})])
+def test_layers_whose_kernels_no_input_changes_become_static(method, settings, tmp_path):
+    model = small(method, **settings)
+    set_temperature(model, 1.0)
+    layers = [type(module) for module in model.modules()]
+    assert_exports(model, tmp_path / "net.onnx", 16, FEW_LAYERS)
+    nodes = [node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node]
+    # as many as the static network has, with its BatchNorm in its convolutions
+    assert nodes.count("Conv") == 4 and nodes.count("Gemm") == 1 and {*nodes} <= STATIC_NODES
+    assert [type(module) for module in model.modules()] == layers
 
 
 def test_program_runs_without_this_project(tmp_path):

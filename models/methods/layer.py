@@ -168,6 +168,13 @@ class DynamicLayer(_HoldsKernels):
         """
         return 0
 
+    def constant_kernel(self) -> Tensor | None:
+        """The kernel [O, I, *k] if it is the same for every input and nothing else depends on the input, else None.
+
+        With it the layer computes what a static one does; exported files have that static layer.
+        """
+        return None
+
     @property
     def kernel_shape(self) -> tuple[int, ...]:
         """The shape of one kernel: [O, I, *k], or [O, I, 1] for a linear layer."""

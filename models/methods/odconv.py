@@ -253,6 +253,10 @@ class _ODLayer(Annealed):
         scale = heads.reset_to_constants() / (1 if "kernel" in heads.names else self.kernel_num)
         self.weight.copy_(weight.reshape(self.kernel_shape) * scale)
 
+    def constant_kernel(self) -> Tensor | None:
+        """The only kernel, where no attention is left: K = 1, and the other ones are not among the settings."""
+        return None if self.attention.names or self.kernel_num > 1 else self.weight[0]
+
     def mixing_cost(self, positions: int) -> int:
         """The last term of equations 3 and 4.
 

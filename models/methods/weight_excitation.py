@@ -119,6 +119,9 @@ class _WELayer:
     def convolve(self, x: Tensor) -> Tensor:
         return conv(x, self.kernel(), self.bias, *self._geometry())
 
+    def constant_kernel(self) -> Tensor:
+        return self.kernel()
+
     def method_repr(self) -> str:
         return f"excitations={'+'.join(self.excitations)}, standardise={self.standardise}"
 

@@ -278,6 +278,16 @@ class _KWLayer(Annealed):
             own = torch.tensor(self._warehouse.assignments[self.layer], device=cells.device)
             cells[own] = weight / STATIC if is_static else weight
 
+    def constant_kernel(self) -> Tensor | None:
+        """The kernel at temperature 1, where every attention is beta (equation 4)."""
+        attention, cells = self.attention, self._warehouse.cells
+        if self.heads or attention.beta is None or float(attention.temperature) != 1:
+            return None
+        (n, c_out, c_in, *window), (o, i) = cells.shape, self.kernel_shape[:2]
+        kernel = attention.beta[:, :n].to(cells.dtype) @ cells.flatten(1)
+        kernel = kernel.reshape(-1, o // c_out, i // c_in, c_out, c_in, *window)
+        return kernel.permute(1, 3, 2, 4, 0, *range(5, kernel.ndim)).reshape(self.kernel_shape)
+
     def mixing_cost(self, positions: int) -> int:
         """m x n x the size of a cell (n = 1 without sharing of cells).
 
