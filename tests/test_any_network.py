@@ -8,6 +8,7 @@ import timm
 import torch
 import torchvision
 from conversion_table import METHODS, measure
+from layer_checks import take_statistics
 from networks import NETWORKS
 from tolerance import assert_same, difference
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from models import convert, set_temperature
 from models.anatomy import blocks_of, family_name, main_layers
 from models.counting import count_layers
+from models.methods import METHODS as BY_NAME
 from models.methods.kernel_warehouse.layer import KWAttention, attention_size
 
 # these run in seconds
@@ -37,6 +39,8 @@ SLOW_GROWING = """
     pvt_v2_b0 regnetx_002 regnetx_032 repvgg_a0 resnest14d rexnet_100 semnasnet_100 skresnet18 spnasnet_100
     tf_efficientnetv2_b0 tinynet_e
 """.split()
+
+LARGE = "resnet18 mobilenetv2_100 convnext_tiny vit_tiny_patch16_224 efficientnet_b0 regnety_016".split()
 
 
 def slow(names):
@@ -236,6 +240,25 @@ def test_a_warm_start_is_static_at_every_temperature(name, budget, temperature):
     convert(net, "kw", keep_weights=True, cell_num_ratio=budget)
     set_temperature(net, temperature)
     assert difference(net(x), expected) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in BY_NAME if name != "kw1d2x"])
+@pytest.mark.parametrize("name", LARGE)
+def test_a_warm_start_of_a_large_network_is_static(name, method):
+    """In float32, too: a rounding error that all layers have in common would add up."""
+    net = timm.create_model(name).eval()
+    take_statistics(net, torch.randn(4, 3, 224, 224))
+    x = torch.randn(2, 3, 224, 224)
+    settings = [{"cell_num_ratio": ratio} for ratio in (1, 2, 4)] if "kw" in method else [{}]
+    with torch.no_grad():
+        expected = net.eval()(x)
+        for own in [{"standardise": False}] if method == "we" else settings:
+            converted = convert(copy.deepcopy(net), method, keep_weights=True, **own)
+            for temperature in (1.0, 0.5, 0.0):
+                if "kw" in method:
+                    set_temperature(converted, temperature)
+                assert_same(converted(x), expected)
 
 
 def test_a_static_attention_learns():

@@ -95,9 +95,10 @@ class KWAttention(nn.Module):
     def hold(self, alpha: Tensor) -> None:
         """Start with a constant attention alpha [m, n + 1], the zero cell last, of which |alpha| adds up to `STATIC`.
 
-        The last layer starts with zero weights, so that its logits are its biases; it still learns.
+        The last layer starts with zero weights, so that its logits are its biases; it still learns. The attentions are
+        equal to the logits, since the sum of |z| and `EPSILON`, by which these are divided, is 1.
         """
-        z = alpha.to(self.fc2.weight) / STATIC
+        z = alpha.to(self.fc2.weight)
         if self.only is not None:
             z = z.gather(1, self.only)
         self.fc2.weight.zero_()

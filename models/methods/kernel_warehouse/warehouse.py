@@ -17,8 +17,8 @@ from ..attention_functions import EPSILON
 from ..layer import Shared
 
 ATTENTION_INITS = ("one-to-one", "all-to-one", "none", "k-to-one", "one-to-k", "static")
-# the attention of "static" to its own cell: a logit of 1 over `total`
-STATIC = 1 / (1 + EPSILON)
+# the attention of "static" to its own cell, which is also its logit: over `total` it stays the same, without rounding
+STATIC = 1 - EPSILON
 
 
 def _scaled(size: int, ratio: float, what: str, name: str, kernels: Mapping[str, tuple[int, ...]]) -> int:
