@@ -22,8 +22,9 @@ from loading.images import DigitsData, ImageFolderData
 from loading.transforms import make_transform
 from measure import seconds
 from models.config import ConfigError
+from models.messages import first_line, quiet
 from models.temperature import get_temperature
-from models.tracing import first_line, images_of, other_size, quiet, traced
+from models.tracing import images_of, other_size, traced
 from trained import Trained
 
 SUFFIXES = (".onnx", ".pt2", ".safetensors")

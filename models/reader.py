@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import torch
 from safetensors import SafetensorError
 
+from .messages import first_line
 from .safetensors_file import read_safetensors
 
 # timeout for a server that does not answer
@@ -49,7 +50,7 @@ def _read(path: Path, name: str | os.PathLike) -> Any:
         try:
             return read_safetensors(path)
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"checkpoint '{name}' is not a safetensors file: {_first_line(error)}") from None
+            raise ValueError(f"checkpoint '{name}' is not a safetensors file: {first_line(error)}") from None
     try:
         # torch does not notice a flipped bit, but the checksums of the zip file do
         if zipfile.is_zipfile(path):
@@ -66,13 +67,9 @@ def _read(path: Path, name: str | os.PathLike) -> Any:
                 f"checkpoint '{name}' holds Python objects other than tensors and plain values, which could run code, "
                 "or is not a checkpoint; nothing was loaded. Save its state dict alone and load that"
             ) from None
-        raise ValueError(f"'{name}' is not a checkpoint: {_first_line(error)}") from None
+        raise ValueError(f"'{name}' is not a checkpoint: {first_line(error)}") from None
     except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError, AttributeError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"checkpoint '{name}' is truncated or not a checkpoint: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"checkpoint '{name}' is truncated or not a checkpoint: {first_line(error)}") from None
 
 
 def _download(url: str) -> Path:
@@ -103,7 +100,7 @@ def _download(url: str) -> Path:
         record.write_text(digest)
         os.replace(temporary, path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint '{url}' cannot be downloaded: {_first_line(error)}") from None
+        raise ValueError(f"checkpoint '{url}' cannot be downloaded: {first_line(error)}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -3,11 +3,7 @@
 Shapes: images are [B, 3, H, W], with any B; H and W are those of the trace unless they were made dynamic.
 """
 
-import contextlib
 import copy
-import logging
-import warnings
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .config import ConfigError
+from .messages import first_line, quiet
 from .methods.layer import DynamicLayer, Linear
 from .ops import conv
 from .ops.control import forced_backend
@@ -118,21 +115,3 @@ def _fold_norms(program: torch.export.ExportedProgram) -> None:
 def other_size(size: int) -> tuple[int, int]:
     """A height and a width that differ from `size`, to trace and to compare a model of dynamic size with."""
     return size + 32, size + 64
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the notes that exporters print about their own progress."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, short enough for a message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from .messages import first_line, quiet
 from .methods.kernel_warehouse import warehouse_layers
 from .reader import read_checkpoint
 from .released import own_keys
@@ -95,6 +96,8 @@ def load_fitting(model: nn.Module, state: dict[str, Any], name: str) -> bool:
         text = f"{name}: of another model; the first keys that differ: {', '.join([*missing, *unexpected, *wrong][:5])}"
         if any(f"{layer}.weight" in unexpected for layer in getattr(model, "conversion", {})):
             text += ". If these are the weights of the static network, give them as --init_static"
+        else:
+            text += ". Give weights of this network, or the model or config that they were trained with"
         raise ValueError(text)
     take_state(model, state, strict=False)
     return differs
@@ -140,11 +143,13 @@ def load_static(model: nn.Module, source: str, model_key: str = "model|module") 
 
 def _timm_state(name: str) -> dict[str, Any]:
     try:
-        return timm.create_model(name, pretrained=True).state_dict()
+        # the error tells what the client logs
+        with quiet():
+            return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:
         # timm and the Hugging Face client raise errors of many kinds
         raise ValueError(
-            f"timm:{name}: timm cannot get these weights ({str(error).splitlines()[0][:200]}). Download them where the "
+            f"timm:{name}: timm cannot get these weights ({first_line(error)}). Download them where the "
             "network is reachable, and give the path of the file"
         ) from None
 

@@ -137,6 +137,8 @@ def run(args):
     found, failed = predict(trained, files, args)
     for _, reason in failed:
         print("passed over: " + shown(" ".join(reason.split())), file=sys.stderr)
+    if not found:
+        return 2
     records = records_of(found, trained.classes)
     if args.format == "json":
         text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"

@@ -101,9 +101,12 @@ def main(argv: list[str] | None = None) -> int:
                 text = " ".join(str(error).split()) or type(error).__name__
                 fail(ConfigError(text if path in text else f"{path}: {text}"))
                 failed += 1
-            write_out(as_csv(rows), output)
+            if rows:
+                write_out(as_csv(rows), output)
     except ConfigError as error:
         return fail(error)
+    if not rows:
+        return 2
     print(f"{len(paths) - failed} of {len(paths)} checkpoints: {output}")
     return 1 if failed else 0
 
