@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark_export import CLASSES, SHARED, settle
 from helpers import METHODS, ROOT, finish
 from layer_checks import take_statistics
 from mixture_calls import definition, make_call, with_gradients
@@ -39,6 +40,13 @@ def trained_like(model, size, batch=8):
     return model.eval()
 
 
+def own_settings(name):
+    """Settings of KW in which 20 steps of training leave float32 fine enough."""
+    # "kw1d2x" is a plan with a budget of its own
+    own = {"attention_init": "static"} if name == "kw1d2x" else SHARED
+    return own if name.startswith("kw") else {}
+
+
 def small(method, **settings):
     """A network with a layer of every kind: dense with a stride, point-wise, depth-wise, linear."""
     if "kw" in method:
@@ -60,7 +68,7 @@ def small(method, **settings):
 
 def assert_exports(model, path, size, limit, dynamic_size=False):
     result = write_onnx(model, path, size, {"model": "net", "classes": ["a", "b"]}, dynamic_size)
-    assert result["error"] <= max(limit, 10 * result["own_error"])
+    assert result["error"] <= limit
     written = onnx.load(path)
     onnx.checker.check_model(written, full_check=True)
     assert {node.domain for node in written.graph.node} == {""} and written.opset_import[0].version >= 18
@@ -70,7 +78,7 @@ def assert_exports(model, path, size, limit, dynamic_size=False):
         with torch.no_grad():
             expected = model(images)
         error = float((run(images)[0] - expected).abs().max() / expected.abs().max())
-        assert error <= max(limit, 20 * result["own_error"])
+        assert error <= limit
 
 
 @pytest.mark.parametrize("kind", [None, "depthwise", "outputs", "pointwise"])
@@ -164,17 +172,17 @@ def test_norms_become_part_of_convolutions():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_prefix_as_onnx(name, tmp_path):
-    model = trained_like(build_model(METHODS[name], num_classes=10), 64)
+    model = settle(build_model({**METHODS[name], **own_settings(name)}, num_classes=CLASSES), 64)
     assert_exports(model, tmp_path / "net.onnx", 64, FEW_LAYERS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_as_onnx(name, tmp_path):
-    config = {"model": name, **({"cell_num_ratio": 1, "reduction": 0.0625} if name.startswith("kw") else {})}
-    model = trained_like(build_model(config, num_classes=10), 160 if "vit" in name else 64, 4)
     transformer = "vit" in name
-    assert_exports(model, tmp_path / "net.onnx", 160 if transformer else 64, FEW_LAYERS, dynamic_size=not transformer)
+    size = 160 if transformer else 64
+    model = settle(build_model({"model": name, **own_settings(name)}, num_classes=CLASSES), size)
+    assert_exports(model, tmp_path / "net.onnx", size, FEW_LAYERS, dynamic_size=not transformer)
 
 
 @pytest.mark.slow
@@ -185,7 +193,7 @@ def test_backbone_of_a_detector_as_onnx(tmp_path):
     backbone = ClassificationBackbone({"model": "kw_test_resnet", "cell_num_ratio": 1}).eval()
     names = tuple(f"stage_{i}" for i in range(4))
     result = write_onnx(backbone, tmp_path / "net.onnx", 64, {}, dynamic_size=True, names=names)
-    assert result["error"] <= max(FEW_LAYERS, 10 * result["own_error"])
+    assert result["error"] <= FEW_LAYERS
     assert [output.name for output in onnx.load(tmp_path / "net.onnx").graph.output] == list(names)
 
 
