@@ -168,10 +168,11 @@ def is_dynamic(module: nn.Module) -> bool:
     return getattr(module, "is_dynamic", False)
 
 
-def stem_of(model: nn.Module) -> str:
-    """The name of the layer that sees the image: the first convolution, or else the first linear layer."""
+def stem_of(model: nn.Module) -> list[str]:
+    """The name of the layer that sees the image: the first convolution, or else the first linear layer, if any."""
     layers = layers_of(model)
-    return next((name for name, module in layers.items() if not hasattr(module, "in_features")), next(iter(layers)))
+    convolutions = [name for name, module in layers.items() if not hasattr(module, "in_features")]
+    return [*convolutions, *layers][:1]
 
 
 def heads_of(model: nn.Module, names: Collection[str]) -> list[str]:
@@ -183,13 +184,20 @@ def heads_of(model: nn.Module, names: Collection[str]) -> list[str]:
     layers = layers_of(model)
     linear = [name for name, module in layers.items() if hasattr(module, "in_features")]
     if not callable(getattr(model, "get_classifier", None)):
-        last = list(layers)[-1]
-        return [last] if last in linear and last not in names else []
+        last = list(layers)[-1:]
+        return [name for name in last if name in linear and name not in names]
     heads = model.get_classifier()
     heads = heads if isinstance(heads, tuple) else (heads,)
     # a classifier of several layers ends in the last of them
     inner = [[name for name in linear if any(layers[name] is m for m in head.modules())] for head in heads if head]
     return [found[-1] for found in inner if found]
+
+
+def tied(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the layers whose weight is a parameter of another module, too, as of an embedding."""
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return [name for name in names if owners[id(modules[name].weight)] > 1]
 
 
 def without_short_cuts(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -26,15 +26,14 @@ class ResetClassifier:
 
     def __call__(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
         """Reset the classifier; 0 classes remove it, with the warehouses that it alone used."""
-        model, layers, temperature = self.model, dict(self.model.named_modules()), get_temperature(self.model)
-        old = {name: layers.get(name) for name in self.heads}
+        model, temperature = self.model, get_temperature(self.model)
         type(model).reset_classifier(model, num_classes, *args, **kwargs)
         for name in self.heads:
             static = model.get_submodule(name)
             model.conversion.pop(name, None)
             if not isinstance(static, nn.Linear):
                 continue
-            dynamic = self.job.renewed(name, old[name])
+            dynamic = self.job.renewed(name)
             if dynamic is None:
                 model.conversion[name] = f"{STATIC}its warehouse has other layers, so that it cannot take another size"
                 continue

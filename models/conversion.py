@@ -1,5 +1,6 @@
 """Replaces layers of any model by dynamic ones."""
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +26,8 @@ def convert(
 ) -> nn.Module | ConversionReport:
     """Replace layers of a model by dynamic ones, in place.
 
-    A layer whose weight is read by another module of the network is left static, with a warning.
+    A layer that cannot be replaced is left static, with a warning: another module reads its weight or has the same, or
+    it pads with other values than zeros. Hooks of replaced layers move to the dynamic ones.
 
     Args:
         model: any model; its attribute `conversion` then maps every replaced layer to its warehouse or method, and
@@ -46,9 +48,19 @@ def convert(
     Raises:
         ValueError: names the layer or warehouse that does not fit; the model is left unchanged.
     """
+    make_job = functools.partial(method_named(method), layers=layers, keep_weights=keep_weights, **settings)
     if dry_run:
-        return report_of(model, method, lambda copied: convert(copied, method, layers=layers, **settings))
-    job = method_named(method)(model, layers=layers, keep_weights=keep_weights, **settings)
+        return report_of(model, method, make_job, _carry_out)
+    return _carry_out(make_job(model), keep_weights)
+
+
+def _carry_out(job: Method, keep_weights: bool = False) -> nn.Module:
+    """Replace the layers of a job's model."""
+    model = job.model
+    if not isinstance(getattr(model, "conversion", {}), dict):
+        raise ValueError(
+            "the model has an attribute 'conversion' of its own, but it lists the dynamic layers; rename it"
+        )
     with job.prepared():
         names = _without_unfit(job, job.choose())
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -79,6 +91,6 @@ def _without_unfit(job: Method, names: list[str]) -> list[str]:
         return names
     for reason in dict.fromkeys(unfit.values()):
         those = [name for name, own in unfit.items() if own == reason]
-        warnings.warn(f"{job.name}: left static, since {reason}: {', '.join(those)}", stacklevel=3)
+        warnings.warn(f"{job.name}: left static, since {reason}: {', '.join(those)}", stacklevel=4)
     job.static.update(unfit)
     return job.leave_static(names, list(unfit))

@@ -2,8 +2,8 @@
 
 Multiply-adds are those of one image in evaluation mode, in four parts:
 
-- convolution: positions of the output x size of the kernel; for linear layers tokens x size of the matrix; for the two
-  matrix products of a self-attention 2 x tokens^2 x width.
+- convolution: positions of the output x size of the kernel (transposed: positions of the input); for linear layers
+  tokens x size of the matrix; for the two matrix products of a self-attention 2 x tokens^2 x width.
 - attention: pooling a map, with one multiply-add for every input channel and position of the output (ODConv's equations
   3 and 4 have one h w for input and output; means over tokens are not counted, since Kernel Representation does not
   count them), and the attention's linear layers. For Kernel Representation also its start and its part of the
@@ -33,6 +33,7 @@ from .methods.layer import DynamicLayer, Shared
 from .methods.layer import Linear as DynamicLinear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # attention to features: takes a mean over all values, and multiplies all of them
 FEATURE_ATTENTIONS = (SEModule, SqueezeExcite, EcaModule, ChannelAttn, SpatialAttn)
 # modules whose parts are counted as their own
@@ -87,7 +88,7 @@ def count_layers(
         if home is None and isinstance(module, HOMES):
             home = homes[name] = name
         row = name if home is None else home
-        counted = isinstance(module, (*HOMES, *CONVOLUTIONS, Attention))
+        counted = isinstance(module, (*HOMES, *CONVOLUTIONS, *TRANSPOSED, Attention, nn.MultiheadAttention))
         row = row if counted or home is not None else OTHERS
         if row != OTHERS or row not in counts:
             counts.setdefault(row, LayerCount(row, "" if row == OTHERS else type(modules[row]).__name__))
@@ -104,6 +105,10 @@ def count_layers(
             hook = _static
         elif isinstance(module, Attention):
             hook = _self_attention
+        elif isinstance(module, TRANSPOSED):
+            hook = _transposed
+        elif isinstance(module, nn.MultiheadAttention):
+            hook = _multihead_attention
         elif isinstance(module, NORMS):
             hook = _norm
         else:
@@ -113,7 +118,8 @@ def count_layers(
         if inside and not getattr(modules[home], "per_sample", True):
             continue
         count = counts[OTHERS] if home is None and hook is _norm else counts[home or name]
-        handles.append(module.register_forward_hook(partial(hook, count, inside)))
+        with_kwargs = hook is _multihead_attention
+        handles.append(module.register_forward_hook(partial(hook, count, inside), with_kwargs=with_kwargs))
     _run(model, shape or (channels, image_size, image_size))
     for handle in handles:
         handle.remove()
@@ -172,3 +178,20 @@ def _feature_attention(count: LayerCount, inside: bool, module: nn.Module, input
 
 def _self_attention(count: LayerCount, inside: bool, module: Attention, inputs: tuple, y: Tensor) -> None:
     count.convolution += 2 * inputs[0].shape[1] ** 2 * module.num_heads * module.head_dim
+
+
+def _transposed(count: LayerCount, inside: bool, module: nn.Module, inputs: tuple, y: Tensor) -> None:
+    count.convolution += inputs[0].numel() // module.in_channels * module.weight.numel()
+
+
+def _multihead_attention(
+    count: LayerCount, inside: bool, module: nn.MultiheadAttention, inputs: tuple, kwargs: dict, y: tuple
+) -> None:
+    """PyTorch's attention, which reads the weights of its projections instead of calling modules."""
+    query, key, value = (
+        inputs[i] if i < len(inputs) else kwargs[name] for i, name in enumerate(("query", "key", "value"))
+    )
+    width = module.embed_dim
+    tokens, seen = (tensor.numel() // tensor.shape[-1] for tensor in (query, key))
+    projections = 2 * tokens * width + seen * (key.shape[-1] + value.shape[-1])
+    count.convolution += projections * width + 2 * tokens * seen * width

@@ -1,18 +1,17 @@
 """What a conversion does to a network: its layers, warehouses, parameters and multiply-adds, before and after."""
 
-import copy
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .anatomy import is_dynamic, layers_of
 from .counting import count_layers
+from .messages import first_line, quiet
 from .methods.kernel_warehouse import warehouse_layers
+from .methods.method import Method
 from .replacement import STATIC
-from .trial import try_out
+from .trial import copy_of, without_numbers
 
 # names of static layers that a report lists for every reason
 LISTED = 4
@@ -105,22 +104,39 @@ def _table(warehouses: tuple[WarehouseReport, ...]) -> list[str]:
     return ["  ".join(f"{text:{width}s}" for text, width in zip(row, widths, strict=True)) for row in [header, *rows]]
 
 
-def report_of(model: nn.Module, method: str, change: Callable[[nn.Module], nn.Module]) -> ConversionReport:
+def report_of(
+    model: nn.Module, method: str, make_job: Callable[[nn.Module], Method], carry_out: Callable[[Method], nn.Module]
+) -> ConversionReport:
     """Report a conversion without making it: a copy that has shapes only is converted instead.
 
     Args:
         model: is left unchanged.
         method: name of the method.
-        change: converts the copy in place and returns it.
+        make_job: makes the conversion of a model.
+        carry_out: carries it out and returns the model.
+
+    Raises:
+        ValueError: the network cannot be copied or converted.
     """
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    memo = {id(tensor): _without_numbers(tensor) for _, tensor in tensors}
-    static = copy.deepcopy(model, memo)
-    shape = try_out(static, []).shape[1:]
-    before = _costs(static, shape)
-    with torch.device("meta"):
-        dynamic = change(static)
-    after = _costs(dynamic, shape)
+    mode = without_numbers()
+    trial = make_job(model).trial
+    try:
+        copied = copy_of(model, mode)
+    except Exception as error:
+        # a module may refuse to be copied in any way
+        raise ValueError(
+            f"the network cannot be copied for a report ({first_line(error)}); convert it instead"
+        ) from None
+    shape = trial.shape[1:]
+    with mode, quiet():
+        before = _costs(copied, shape)
+    job = make_job(copied)
+    # that of the original, since the copy has no numbers
+    job.__dict__["trial"] = trial
+    with mode:
+        dynamic = carry_out(job)
+    with mode, quiet():
+        after = _costs(dynamic, shape)
     modules, warehouses = dict(dynamic.named_modules()), []
     for key, layers in warehouse_layers(dynamic).items():
         name = key.split(".")[1]
@@ -147,11 +163,6 @@ def report_of(model: nn.Module, method: str, change: Callable[[nn.Module], nn.Mo
         multiply_adds=None if before[1] is None or after[1] is None else (before[1], after[1]),
         input_shape=shape,
     )
-
-
-def _without_numbers(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _costs(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int | None]:

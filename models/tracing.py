@@ -91,14 +91,18 @@ def _fold_norms(program: torch.export.ExportedProgram) -> None:
     for norm in list(program.graph.nodes):
         if norm.op != "call_function" or norm.target != aten.batch_norm.default:
             continue
-        convolution, (weight, bias, mean, variance), epsilon = norm.args[0], norm.args[1:5], norm.args[7]
+        convolution, (weight, bias, mean, variance), is_training, epsilon = (
+            norm.args[0], norm.args[1:5], norm.args[5], norm.args[7],
+        )  # fmt: skip
+        if is_training:
+            continue
         if convolution.target not in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
             continue
         kernel, own_bias = (*convolution.args, None)[1:3]
         changed = [kernel, bias] if own_bias is None else [kernel, own_bias]
         constants = [node for node in (*changed, weight, bias, mean, variance) if node is not None]
         # a kernel that is computed, or read by another layer as well, stays as it is
-        if None in (weight, bias) or any(node.name not in names for node in constants):
+        if None in (weight, bias, mean, variance) or any(node.name not in names for node in constants):
             continue
         if any(len(node.users) > 1 for node in (convolution, *changed)):
             continue

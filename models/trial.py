@@ -6,7 +6,7 @@ It runs on a copy whose tensors have shapes only, so that it takes no memory and
 import copy
 import itertools
 import math
-import warnings
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .anatomy import layers_of, stem_of
+from .messages import quiet
 
 # heights and widths of images that are tried where a network does not tell its own
-SIZES = (224, 64, 32)
+SIZES = (224, 64, 32, 28)
 # a number that is hardly the size of another dimension, so that the samples are found in those of a layer's input
 BATCH = 13
 
@@ -52,13 +53,32 @@ class Trial:
         return name not in self.inputs or self.inputs[name][0] == BATCH
 
 
+def without_numbers() -> FakeTensorMode:
+    """A mode in which tensors have shapes and devices only; others become such tensors when they are used."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def copy_of(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of a network whose tensors have no numbers.
+
+    Hooks that are plain functions are left out: they are not copied, and would keep or print what a trial computes.
+    """
+    own = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    # tensors of the copy that are named here are not copied
+    tensors = itertools.chain(model.parameters(), model.buffers(), own)
+    copied = copy.deepcopy(model, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
+    for module in copied.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, types.FunctionType)]:
+                del hooks[key]
+    return copied
+
+
 def try_out(model: nn.Module, names: Sequence[str]) -> Trial:
     """Run a network on an input without numbers, and record what becomes of the layers of these names."""
-    mode, runs, result = FakeTensorMode(allow_non_fake_inputs=True), [], Trial()
+    mode, runs, result = without_numbers(), [], Trial()
     try:
-        # tensors of the copy that are named here are not copied
-        tensors = itertools.chain(model.parameters(), model.buffers())
-        trial = copy.deepcopy(model, {id(tensor): mode.from_tensor(tensor) for tensor in tensors}).eval()
+        trial = copy_of(model, mode).eval()
     except Exception:
         # a network that cannot be copied cannot be tried
         return result
@@ -66,8 +86,7 @@ def try_out(model: nn.Module, names: Sequence[str]) -> Trial:
     for name in names:
         modules[name].__class__ = _watched(type(modules[name]), name, runs)
     like = next(model.parameters())
-    with mode, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with mode, torch.no_grad(), quiet():
         for shape in _inputs(model):
             runs.append(Trial(shape))
             try:
@@ -118,7 +137,9 @@ def _inputs(model: nn.Module) -> Iterator[tuple[int, ...]]:
     if config.get("input_size"):
         yield (BATCH, *config["input_size"])
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    stem = layers_of(model)[stem_of(model)]
+    stem = next((layers_of(model)[name] for name in stem_of(model)), None)
+    if stem is None:
+        return
     if isinstance(stem, nn.Linear):
         yield (BATCH, stem.in_features)
         yield (BATCH, 16, stem.in_features)

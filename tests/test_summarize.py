@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torchvision
 from timm.layers import SEModule
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -500,3 +501,22 @@ def test_image_size(run):
 def test_mistakes_are_explained(run, arguments, message):
     result = run(*arguments)
     assert result.returncode == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("shape", [(4, 9, 9), (4, 5, 6)])
+def test_transposed_convolutions_as_pytorch_counts_them(shape):
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), nn.ConvTranspose2d(6, 6, 2, padding=1))
+    assert_counted(model, shape)
+
+
+def test_multihead_attention_as_pytorch_counts_it():
+    model = torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 128, num_classes=10)
+    assert_counted(model, (3, 32, 32))
+
+
+def assert_counted(model, shape):
+    """The multiply-adds are half of the operations that PyTorch counts."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        # in evaluation mode PyTorch's attention is one operator, which it does not count
+        model.train()(torch.zeros(1, *shape))
+    assert 2 * sum(row.convolution for row in count_layers(model, shape=shape)) == counter.get_total_flops()

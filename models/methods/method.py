@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..anatomy import family_name, is_dynamic, layers_of, main_layers, select, stem_of
+from ..anatomy import family_name, is_dynamic, layers_of, main_layers, select, stem_of, tied
 from ..options import Option
-from ..replacement import replacement
+from ..replacement import replacement, unfit_padding
 from ..trial import Trial, try_out
 
 _TYPES = {"Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d, "Linear": nn.Linear}
@@ -116,7 +116,7 @@ class Method:
         ran = [] if self.is_known else self.trial.order
         modules = dict(self.model.named_modules())
         convolutions = [name for name in ran if hasattr(modules[name], "kernel_size")]
-        return next(iter([*convolutions, *ran, stem_of(self.model)]))
+        return next(iter([*convolutions, *ran, *stem_of(self.model)]), "")
 
     def in_order(self, names: Sequence[str]) -> list[str]:
         """The names in the order in which the layers first run; those that did not run in the trial come last."""
@@ -127,11 +127,14 @@ class Method:
 
     def unfit(self, names: Sequence[str]) -> dict[str, str]:
         """Those of the chosen layers that the method cannot replace in this network -> why."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        found = {name: reason for name in names if (reason := unfit_padding(modules[name]))}
+        found |= dict.fromkeys(tied(self.model, names), "another module has the same weight")
         if self.is_known:
-            return {}
+            return found
         read = "another module of the network reads its weight"
         elsewhere = "the first dimension of its input is not that of the samples"
-        found = {name: elsewhere for name in names if self.trial.has_no_samples(name)}
+        found |= {name: elsewhere for name in names if self.trial.has_no_samples(name)}
         return found | {name: read for name in names if name in self.trial.read}
 
     def prepared(self) -> contextlib.AbstractContextManager[None]:
@@ -190,12 +193,10 @@ class Method:
         """Complete the model once the layers are in their places; returns the names of other layers replaced here."""
         return []
 
-    def renewed(self, name: str, old: nn.Module) -> nn.Module | None:
-        """The dynamic layer for a classifier that was replaced by a static one of another size; None: it stays static.
+    def renewed(self, name: str) -> nn.Module | None:
+        """The dynamic layer for the classifier of this name, which a static one of another size has replaced.
 
-        Args:
-            name: of the classifier in the model.
-            old: the dynamic layer that was there before, or what stood there without classes.
+        None: it stays static.
         """
         return self.make([name])[name]
 

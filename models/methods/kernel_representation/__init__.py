@@ -188,7 +188,7 @@ class KRMethod(Method):
         self.model.kernel_representation.attach(self.model, stem, last)
         return list(heads)
 
-    def renewed(self, name: str, old: nn.Module | None = None) -> nn.Module:
+    def renewed(self, name: str) -> nn.Module:
         static = self.model.get_submodule(name)
         layer = replacement(static, name, {nn.Linear: KRClassifier}, layer=name, **self.head_settings)
         # the weights that the model's own initialisation gave its classifier

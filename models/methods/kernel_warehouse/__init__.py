@@ -18,7 +18,7 @@ from ...options import Option
 from ..method import Method, Setting, layer_classes
 from ..settings import ATTENTION_FUNCTION, ATTENTIONS_OPTION, REDUCTION
 from .any_network import warehouses_of
-from .growth import DEFAULT_SHARES, FEW, attention_sizes, channels_of, is_within, refuse_growth
+from .growth import DEFAULT_SHARES, FEW, attention_sizes, channels_of, have_whole_cells, is_within, refuse_growth
 from .layer import ATTENTION_FUNCTIONS, KWAttention, KWConv1d, KWConv2d, KWConv3d, KWLinear, attention_size
 from .plans import explicit, family, group, half_mobilenetv2, share
 from .query_key_value import split_projections
@@ -96,7 +96,7 @@ NETWORK_SETTINGS = {
         True, Option(bool, True, "mixtures share the cells of their warehouse; false: each has its own (Table 6)")
     ),
     "allow_growth": Setting(
-        False, Option(bool, False, "allow attentions with more parameters than the rest of the network")
+        False, Option(bool, False, "allow attentions with more than twice the parameters of the kernels, and above 3 M")
     ),
 }
 
@@ -204,9 +204,11 @@ class KWMethod(Method):
         # the parts of a projection, which is not split yet, cannot be measured; families that have them do not outgrow
         if not self._are_replaceable(self.groups):
             return
-        sizes, kernels = self._attention_sizes(per_warehouse(self.given, list(self.groups)))
+        per = per_warehouse(self.given, list(self.groups))
+        sizes, kernels = self._attention_sizes(per)
         largest = DEFAULT_SHARES.get(family_name(self.model), 0)
-        if is_within(sizes, kernels, largest) or sum(sizes.values()) <= FEW:
+        is_small = is_within(sizes, kernels, largest) or sum(sizes.values()) <= FEW
+        if is_small and have_whole_cells(self.model, self.groups, per):
             return
         modules, positions = dict(self.model.named_modules()), self._candidates()
         one = per_warehouse(self.given, [""])[""]
@@ -218,6 +220,10 @@ class KWMethod(Method):
             one["cell_num_ratio"],
             functools.partial(attention_size, norm=self.norm, **attention),
         )
+        if not found:
+            # the plan tells what is wrong
+            self.static.clear()
+            return
         self.groups = {name: list(warehouse.kernels) for name, warehouse in found.items()}
         self.ratios = {name: warehouse.ratios for name, warehouse in found.items()}
         taken = {layer for layers in self.groups.values() for layer in layers}
@@ -227,9 +233,8 @@ class KWMethod(Method):
         """Layer -> positions of its output, for the layers that a warehouse may serve if no plan names them."""
         layers, ran = replaceable(self.model), self.trial.positions
         names = [name for name, module in layers.items() if not is_dynamic(module)]
-        read = {name: "another module of the network reads its weight" for name in self.trial.read if name in layers}
         ends = {self.stem(): "the first layer", **dict.fromkeys(heads_of(self.model, ()), "the classifier")}
-        self.static.update({names[-1]: "the last layer", **ends, **read})
+        self.static.update({names[-1]: "the last layer", **ends, **self.unfit(list(layers))})
         names = [name for name in names if name not in self.static]
         if not ran:
             # no input is known: the layers of a stage have the same channels
@@ -294,17 +299,17 @@ class KWMethod(Method):
             warnings.warn(
                 f"{self.name}: fewer cells than mixtures keep {len(errors)} static kernels approximately; the largest "
                 f"relative errors have {', '.join(f'{layer} ({errors[layer]:.2f})' for layer in worst)}",
-                stacklevel=3,
+                stacklevel=4,
             )
         return []
 
-    def renewed(self, name: str, old: nn.Module) -> nn.Module | None:
+    def renewed(self, name: str) -> nn.Module | None:
         house = self.label(name)
         if self.groups[house] != [name]:
             return None
         self.groups, groups = {house: [name]}, self.groups
         try:
-            made = super().renewed(name, old)
+            made = super().renewed(name)
         finally:
             self.groups = groups
         self.model.warehouses[house] = self.made[house]

@@ -13,10 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
+from .growth import LARGEST_SHARE
+from .warehouse import whole_cells
+
 # Parameters of a warehouse's attentions over those of its cells, at most: in the paper's networks attentions have 2 to
-# 14 % of all parameters. A network so small that less than half of its kernels fit takes the next share, and one in
-# which nothing fits the largest cells.
-SHARES = (0.2, 0.35, 0.6, 1.0, math.inf)
+# 14 % of all parameters. A network so small that less than half of its kernels fit takes the next share, as long as all
+# attentions stay below `GROWTH` of all kernels, and one in which nothing fits the largest cells.
+SHARES = (0.2, 0.35, 0.6, 1.0, LARGEST_SHARE)
+GROWTH = 0.25
 # mixtures of a warehouse, at least: fewer than these are hardly dynamic
 LEAST = 4
 # cells of a warehouse: at most as many as its outputs have positions, so that mixing takes no more multiply-adds than
@@ -71,15 +75,18 @@ class Group:
 
     def fits(self, cell: tuple[int, int]) -> bool:
         """Whether cells of one tap with these (output channels, input channels) are within the limits."""
-        mixtures, rule = self.size // math.prod(cell), self.rule
-        n = rule.budget * mixtures
-        if n > min(max(self.positions, FEWEST), MOST) * max(rule.budget, 1) or n < 1:
+        n = self.rule.budget * (self.size // math.prod(cell))
+        if n > min(max(self.positions, FEWEST), MOST) * max(self.rule.budget, 1) or n < 1:
             return False
-        cost = sum(
-            rule.attention(self.channels[layer], math.prod(shape) // math.prod(cell), round(n))
+        return self.cost(cell) <= self.rule.share * n * math.prod(cell)
+
+    def cost(self, cell: tuple[int, int]) -> int:
+        """Parameters of the attentions to cells with these (output channels, input channels)."""
+        n = round(self.rule.budget * (self.size // math.prod(cell)))
+        return sum(
+            self.rule.attention(self.channels[layer], math.prod(shape) // math.prod(cell), n)
             for layer, shape in self.kernels.items()
         )
-        return cost <= rule.share * n * math.prod(cell)
 
     @cached_property
     def cell(self) -> tuple[int, int] | None:
@@ -92,9 +99,9 @@ class Group:
                 if found:
                     break
                 continue
-            if (self.rule.budget * (self.size // math.prod(cell))) % 1 == 0:
+            if whole_cells(self.rule.budget, self.size // math.prod(cell)):
                 found = cell
-                if math.isinf(self.rule.share):
+                if self.rule.share == SHARES[-1]:
                     break
         return found
 
@@ -138,6 +145,8 @@ def warehouses_of(
 ) -> dict[str, Group]:
     """Name of a warehouse -> the layers that share it; layers in none of them stay static.
 
+    There are none where the budget gives no warehouse a whole number of cells.
+
     Args:
         kernels: layer -> kernel shape [O, I, *K], in the order of the layers.
         channels: layer -> channels of its input.
@@ -145,7 +154,7 @@ def warehouses_of(
         budget: b = n / m_t.
         attention: see `Rule`.
     """
-    total, groups = sum(math.prod(shape) for shape in kernels.values()), []
+    total, found = sum(math.prod(shape) for shape in kernels.values()), []
     for share in SHARES:
         rule = Rule(budget, share, attention)
         groups = [
@@ -160,8 +169,12 @@ def warehouses_of(
             )
             if group.cell
         ]
+        if found and sum(group.cost(group.cell) for group in groups) > GROWTH * total * max(budget, 1):
+            break
+        found = groups
         if sum(group.size for group in groups) >= (total / 2 if share < SHARES[-2] else 1):
             break
+    groups = found
     stages = {stage: i for i, stage in enumerate(dict.fromkeys(group.positions for group in groups))}
     numbers = {stage: itertools.count() for stage in stages}
     return {f"stage{stages[g.positions]}_group{next(numbers[g.positions])}": g.in_order(kernels) for g in groups}

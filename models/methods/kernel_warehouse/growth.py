@@ -11,7 +11,7 @@ from torch import nn
 
 from ...anatomy import kernel_shape_of
 from .layer import attention_size
-from .warehouse import partition
+from .warehouse import partition, whole_cells
 
 PARTITION = ("cell_inplane_ratio", "cell_outplane_ratio", "spatial_partition")
 # family -> the share up to which its plan is followed by default: the largest of the paper's networks, rounded up
@@ -39,9 +39,7 @@ def attention_sizes(
     """
     modules, sizes, kernels = dict(model.named_modules()), {}, 0.0
     for name, layers in groups.items():
-        own = per[name]
-        shapes = {layer: kernel_shape_of(modules[layer]) for layer in layers}
-        _, mixtures = partition(shapes, name=name, **{key: own[key] for key in PARTITION})
+        own, mixtures = per[name], _mixtures(modules, name, layers, per[name])
         b = own["cell_num_ratio"]
         n = round(b * sum(mixtures.values()))
         attention = {"reduction": own["reduction"], "nonlocal_basis_ratio": own["nonlocal_basis_ratio"], **common}
@@ -51,6 +49,23 @@ def attention_sizes(
         )
         kernels += max(b, 1) * sum(modules[layer].weight.numel() for layer in layers)
     return sizes, kernels
+
+
+def have_whole_cells(
+    model: nn.Module, groups: Mapping[str, Sequence[str]], per: Mapping[str, Mapping[str, Any]]
+) -> bool:
+    """Whether the budgets give every warehouse a whole number of cells; arguments and errors as `attention_sizes`."""
+    modules = dict(model.named_modules())
+    totals = {name: sum(_mixtures(modules, name, layers, per[name]).values()) for name, layers in groups.items()}
+    return all(whole_cells(per[name]["cell_num_ratio"], total) for name, total in totals.items())
+
+
+def _mixtures(
+    modules: Mapping[str, nn.Module], name: str, layers: Sequence[str], own: Mapping[str, Any]
+) -> dict[str, int]:
+    """Layer -> its mixtures, for a warehouse of this name and these settings."""
+    shapes = {layer: kernel_shape_of(modules[layer]) for layer in layers}
+    return partition(shapes, name=name, **{key: own[key] for key in PARTITION})[1]
 
 
 def channels_of(module: nn.Module) -> int:

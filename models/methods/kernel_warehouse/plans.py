@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...anatomy import family_name, layers_of, replaceable
+from ...anatomy import family_name, is_dynamic, layers_of, replaceable
 
 SHARED_PARTS = ("layer", "conv", "pwconv", "dwconv", "mlp")
 
@@ -101,8 +101,15 @@ def vit_plan(model: nn.Module) -> list[tuple[str, str]]:
 
 def any_plan(model: nn.Module) -> list[tuple[str, str]]:
     """Any other model: all convolutions and linear layers but the first and the last, each with its own warehouse."""
-    layers = list(replaceable(model))
-    return [(name, name.replace(".", "_")) for name in layers[1:-1]]
+    layers, plan = replaceable(model), {}
+    for name in list(layers)[1:-1]:
+        house = name.replace(".", "_")
+        # a name of its own, which the dict of warehouses has no attribute of
+        while house in plan.values() or hasattr(nn.ModuleDict, house):
+            house += "_"
+        if not is_dynamic(layers[name]):
+            plan[name] = house
+    return list(plan.items())
 
 
 # family -> (its plan, the sharing range in the paper, the norm of its attention)
@@ -186,6 +193,8 @@ def explicit(model: nn.Module, warehouses: Mapping[str, Mapping[str, Any]]) -> d
     names = list(layers_of(model))
     owner, groups = {}, {}
     for warehouse, settings in warehouses.items():
+        if hasattr(nn.ModuleDict, warehouse):
+            raise ValueError(f"a warehouse cannot have the name '{warehouse}', which PyTorch uses; choose another")
         if not settings.get("layers"):
             raise ValueError(f"warehouse '{warehouse}' has no layers; give it a list of names or patterns as 'layers'")
         found = set()

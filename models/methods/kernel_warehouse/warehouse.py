@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,12 @@ def partition(
     return (c_out, c_in, *window), {layer: math.prod(shape) // size for layer, shape in kernels.items()}
 
 
+def whole_cells(cell_num_ratio: float, mixtures: int) -> int | None:
+    """The number of cells n = b m_t of a warehouse; None if it is not a whole number, or 0."""
+    n = cell_num_ratio * mixtures
+    return round(n) if abs(n - round(n)) <= 1e-6 * mixtures and round(n) >= 1 else None
+
+
 class Warehouse(Shared):
     """n cells shared by the kernels of several layers.
 
@@ -114,14 +121,14 @@ class Warehouse(Shared):
         self.name, self.cell_num_ratio = name, cell_num_ratio
         self.kernels = {layer: tuple(shape) for layer, shape in kernels.items()}
         total = sum(self.mixtures.values())
-        n = cell_num_ratio * total
-        if abs(n - round(n)) > 1e-6 * total or round(n) < 1:
+        n = whole_cells(cell_num_ratio, total)
+        if n is None:
             raise ValueError(
                 f"warehouse '{name}': cell_num_ratio {cell_num_ratio} of {total} mixtures (cells of {list(cell_shape)} "
                 f"in {', '.join(f'{k} {list(v)}' for k, v in kernels.items())}) is not a whole number of cells; "
                 "choose a ratio that gives one"
             )
-        self.n = round(n)
+        self.n = n
         self.cells = nn.Parameter(torch.empty(self.n, *cell_shape, device=device, dtype=dtype))
         self.assignments = self._assign()
         self.kept: dict[str, tuple[Tensor, Callable[[Tensor], None]]] = {}
@@ -244,9 +251,9 @@ class Warehouse(Shared):
 class Warehouses(nn.ModuleDict):
     """The warehouses of a model, by name, at its root."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x unchanged, since an `nn.Sequential` at the root calls all of its children."""
-        return x
+    def forward(self, *inputs: Any) -> Any:
+        """Return the input unchanged, since an `nn.Sequential` at the root calls all of its children."""
+        return inputs[0] if len(inputs) == 1 else inputs
 
 
 def warehouse_layers(model: nn.Module) -> dict[str, list[str]]:
