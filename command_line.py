@@ -14,6 +14,8 @@ _WORDS_OF_BOOL = {
 }
 # with weights to start from, the temperature is annealed only if one of these is on the command line itself
 TEMPERATURE = {"temp_epoch", "temp_init_value"}
+# of the integers of scripts; more than torch can count with would end in an error of its own
+HIGHEST = 2**31 - 1
 
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -68,12 +70,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """The type of an argument of a script: an integer of at least `low`."""
+    """The type of an argument of a script: an integer from `low` to `HIGHEST`."""
 
     def convert(text: str) -> int:
         number = int(text)
         if number < low:
             raise argparse.ArgumentTypeError(f"must be at least {low}, got {number}")
+        if number > HIGHEST:
+            raise argparse.ArgumentTypeError(f"must be at most {HIGHEST}, got {number}")
         return number
 
     convert.__name__ = "integer"

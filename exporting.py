@@ -7,7 +7,7 @@ import contextlib
 import copy
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from torchvision import transforms
 
 import checkpoints
 import utils
-from loading.images import DigitsData, ImageFolderData
+from loading.images import DigitsData, ImageFolderData, UnreadableImage
 from loading.transforms import make_transform
 from measure import seconds
-from models.config import ConfigError
+from models.config import ConfigError, check_value
 from models.messages import first_line, quiet
+from models.options import all_options
 from models.temperature import get_temperature
 from models.tracing import images_of, other_size, traced
 from trained import Trained
@@ -56,11 +57,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         ConfigError: it cannot be written.
     """
-    try:
-        with utils.replacing(path) as temporary:
-            yield temporary
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None
+    with utils.errors_name(path), utils.replacing(path) as temporary:
+        yield temporary
 
 
 class Features(nn.Module):
@@ -86,7 +84,7 @@ def describe(trained: Trained) -> dict[str, Any]:
     return {
         "model": trained.args.model,
         "temperature": get_temperature(trained.model),
-        "classes": None if trained.classes is None else list(trained.classes),
+        "classes": None if trained.classes is None else [utils.shown(name) for name in trained.classes],
         "preprocessing": _preprocessing(trained.transform),
     }
 
@@ -105,8 +103,16 @@ def _preprocessing(transform: transforms.Compose) -> dict[str, Any]:
 
 
 def at_size(trained: Trained, size: int) -> Trained:
-    """The same model with the preprocessing for images of another size."""
-    trained.args.input_size = size
+    """The same model with the preprocessing for images of another size.
+
+    Raises:
+        ConfigError: it is no size that the option --input_size takes.
+    """
+    args = trained.args
+    args.input_size = check_value(all_options()["input_size"], size, "--input_size")
+    if hasattr(args, "given"):
+        # what the file's readers take from it
+        args.given = sorted({*args.given, "input_size"})
     return Trained(trained.model, trained.classes, trained.args, make_transform(trained.args, is_train=False))
 
 
@@ -132,9 +138,11 @@ def write_pt2(model: nn.Module, path: Path, size: int, about: dict[str, Any], dy
         dynamic_size: accept other heights and widths, too.
 
     Raises:
-        ConfigError: the model cannot be traced, or the file cannot be written.
+        ConfigError: the model cannot be traced, its output is not finite, or the file cannot be written.
     """
     program = traced(model, size, dynamic_size)
+    with torch.no_grad():
+        _finite_outputs(model, images_of(1, size, size))
     with replacing(path) as temporary, quiet():
         torch.export.save(program, temporary, extra_files={"about.json": json.dumps(about)})
 
@@ -161,8 +169,8 @@ def write_onnx(
         What `compared` does.
 
     Raises:
-        ConfigError: onnx or onnxruntime is missing, the model cannot be traced, the file differs from it or cannot be
-            written.
+        ConfigError: onnx or onnxruntime is missing, the model cannot be traced, its output is not finite, the file
+            differs from it or cannot be written.
     """
     require_onnx()
     names_of_sizes = {0: "batch", 2: "height", 3: "width"} if dynamic_size else {0: "batch"}
@@ -220,14 +228,15 @@ def compared(model: nn.Module, path: Path, size: int, dynamic_size: bool = False
         float64, relative to the largest output; "torch" and "onnx", the median seconds of a batch of 1.
 
     Raises:
-        ConfigError: the difference is greater than `TOLERANCE` and `OWN_ERRORS` times PyTorch's own.
+        ConfigError: the difference is greater than `TOLERANCE` and `OWN_ERRORS` times PyTorch's own, or the model's
+            output is not finite, so that there is none.
     """
     run, exact = session_of(path), copy.deepcopy(model).double()
     result = {"error": 0.0, "own_error": 0.0}
     for batch in BATCHES:
         images = images_of(batch, *(other_size(size) if dynamic_size and batch == BATCHES[-1] else (size, size)))
-        expected = _outputs(exact(images.double()))
-        for key, values in (("error", run(images)), ("own_error", _outputs(model(images)))):
+        expected = _finite_outputs(exact, images.double())
+        for key, values in (("error", run(images)), ("own_error", _finite_outputs(model, images))):
             result[key] = max(result[key], *map(_difference, values, expected))
     limit = max(TOLERANCE, OWN_ERRORS * result["own_error"])
     if not result["error"] <= limit:
@@ -251,11 +260,32 @@ def labelled_images(trained: Trained, source: str, is_train: bool) -> Dataset:
         is_train: of digits, those to train with.
 
     Raises:
-        ConfigError: there is no such folder, or it holds no images.
+        ConfigError: there is no such folder, it holds no images, or those to evaluate are of a class that the model
+            does not have.
     """
     if source == "digits":
         return DigitsData(is_train, trained.transform)
-    return ImageFolderData(Path(source), trained.transform, "--int8" if is_train else "--evaluate")
+    data = ImageFolderData(Path(source), trained.transform, "--int8" if is_train else "--evaluate")
+    if trained.classes is not None and not is_train:
+        _number_as(trained.classes, data, source)
+    return data
+
+
+def _number_as(classes: Sequence[str], data: ImageFolderData, source: str) -> None:
+    """Give the images of a folder the indices of a model's classes; by themselves they have those of the folders there.
+
+    Raises:
+        ConfigError: names a folder that is none of the classes.
+    """
+    index = {name: i for i, name in enumerate(classes)}
+    for name in data.classes:
+        if name not in index:
+            raise ConfigError(
+                f"--evaluate {source}: its folder {name} is none of the model's {len(classes)} classes "
+                f"({', '.join(classes[:3])}, ...); rename or remove it"
+            )
+    data.samples = [(path, index[data.classes[label]]) for path, label in data.samples]
+    data.classes = list(classes)
 
 
 def quantised(path: Path, data: Dataset) -> None:
@@ -264,7 +294,7 @@ def quantised(path: Path, data: Dataset) -> None:
     It is ONNX Runtime's static quantisation: weights per channel, and pairs of QuantizeLinear and DequantizeLinear.
 
     Raises:
-        ConfigError: onnxruntime cannot quantise the file, or it cannot be written.
+        ConfigError: an image cannot be read, onnxruntime cannot quantise the file, or it cannot be written.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -283,22 +313,41 @@ def quantised(path: Path, data: Dataset) -> None:
                 temporary, temporary, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, op_types_to_quantize=QUANTISED,
             )  # fmt: skip
+        except UnreadableImage as error:
+            raise ConfigError(f"--int8: {error}") from None
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"the ONNX file cannot be quantised ({first_line(error)})") from error
 
 
 def accuracy(path: Path, data: Dataset) -> float:
-    """Top-1 accuracy of an ONNX classifier in percent."""
-    run = session_of(path)
-    right = sum(int(run(images)[0].argmax(1).eq(labels).sum()) for images, labels in DataLoader(data, batch_size=32))
+    """Top-1 accuracy of an ONNX classifier in percent.
+
+    Raises:
+        ConfigError: an image cannot be read.
+    """
+    run, right = session_of(path), 0
+    try:
+        for images, labels in DataLoader(data, batch_size=32):
+            right += int(run(images)[0].argmax(1).eq(labels).sum())
+    except UnreadableImage as error:
+        raise ConfigError(f"--evaluate: {error}") from None
     return 100 * right / len(data)
 
 
-def _outputs(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
+def _finite_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The outputs of a model, of which all numbers are finite.
+
+    Raises:
+        ConfigError: some are not.
+    """
+    result = model(images)
+    outputs = [result] if isinstance(result, Tensor) else list(result)
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        raise ConfigError("the model's output is not finite; nothing was written")
+    return outputs
 
 
 def _difference(value: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest expected value; infinite where it is not finite."""
     error = (value.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
-    return float(error.nan_to_num(nan=torch.inf))
+    return float(error.nan_to_num(nan=torch.inf, posinf=torch.inf))

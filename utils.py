@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -220,16 +220,54 @@ def check_target(path: str | Path) -> Path:
     Raises:
         ConfigError: names the file and the reason.
     """
-    path = Path(path).resolve()
-    if path.exists() and not path.is_file():
+    try:
+        path = Path(path).resolve()
+        taken = path.exists() and not path.is_file()
+    except (OSError, ValueError) as error:
+        # a name that is too long, or that has a NUL byte
+        raise ConfigError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    if taken:
         raise ConfigError(f"{path}: not a file that can be replaced; give the path of a file")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            return path
+        # the name of the temporary file is longer, and may be too long
+        with tempfile.TemporaryFile(dir=path.parent), contextlib.suppress(FileNotFoundError):
+            _beside(path).stat()
+        return path
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no folder {path.parent}; make it first") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {path.parent}: {error.strerror}") from None
+
+
+def check_not_read(output: Path | None, inputs: Iterable[str | Path | None]) -> None:
+    """Refuse to write over a file that is read.
+
+    Args:
+        output: the file to write; None: there is none.
+        inputs: what is read. None, URLs and whatever else is no path of this machine cannot be the output.
+
+    Raises:
+        ConfigError: names the file that would be lost.
+    """
+    if output is None or not output.exists():
+        return
+    for path in inputs:
+        if path is not None and os.path.exists(path) and os.path.samefile(path, output):
+            raise ConfigError(f"{output}: is {path} itself, which is read; give another name, or it would be lost")
+
+
+@contextlib.contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Raises a `ConfigError` that names `path` if the body of the `with` statement cannot write it."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _beside(path: Path) -> Path:
+    """The temporary file that becomes `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
@@ -238,7 +276,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Whenever the process dies, `path` holds either the old file or the whole new one.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         yield temporary
         _flush_to_disk(temporary)
@@ -271,26 +309,46 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], Any], verify: Callable
             verify(temporary)
 
 
+def shown(text: str | Path) -> str:
+    r"""A text that UTF-8 can hold: a path's bytes that are no UTF-8 are escaped as \xff, lone surrogates as \ud800."""
+    try:
+        return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def write_out(text: str, path: Path | None) -> None:
-    """Write a text in UTF-8 to a file, or where `path` is None to the standard output.
+    """Write a text in UTF-8, as `shown`, to a file, or where `path` is None to the standard output.
 
     Raises:
-        ConfigError: the file cannot be written; an older one is intact.
+        ConfigError: the file or the standard output cannot be written; an older file is intact.
     """
+    content = shown(text).encode()
     if path is None:
-        sys.stdout.flush()
-        # text in any script, also where the terminal's encoding has another one
-        try:
-            sys.stdout.buffer.write(text.encode())
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # the reader, such as head, has enough; nothing more is written, not even when Python ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print(content)
         return
+    with errors_name(path):
+        replace_file(path, lambda file: file.write(content))
+
+
+def _print(content: bytes) -> None:
+    """Write a text to the standard output as it is, in any script, also where the terminal's encoding has another one.
+
+    Raises:
+        ConfigError: it is closed, or cannot be written.
+    """
+    if sys.stdout is None:
+        raise ConfigError("the standard output is closed; give --output")
     try:
-        replace_file(path, lambda file: file.write(text.encode()))
+        sys.stdout.flush()
+        sys.stdout.buffer.write(content)
+        sys.stdout.flush()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+        # nothing more is written, not even when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # a reader that closes the pipe, such as head, has enough
+        if not isinstance(error, BrokenPipeError):
+            raise ConfigError(f"the standard output cannot be written: {error.strerror}") from None
 
 
 def set_seed(seed: int) -> None:

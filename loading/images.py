@@ -13,14 +13,18 @@ from PIL import Image, ImageFile, ImageOps
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import Resize
 
 from models.config import ConfigError
+from models.messages import first_line
 
-# Refuse truncated images, and decompression bombs over 179 million pixels.
+# Refuse truncated images, and those above Image.MAX_IMAGE_PIXELS, 89 million pixels, of which Pillow would only warn.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 DIGITS_TEST_IMAGES = 360
+# pixels of a resized image: a long and narrow one grows to many more than it has, which takes seconds and gigabytes
+MAX_RESIZED = 100_000_000
 
 
 class UnreadableImage(RuntimeError):
@@ -43,25 +47,56 @@ def read_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
     Raises:
         UnreadableImage: names the image.
     """
+    if isinstance(source, (str, Path)) and os.path.exists(source) and not os.path.isfile(source):
+        # opening a pipe without a writer would wait forever
+        raise _unreadable(name, "it is no regular file")
     try:
         with Image.open(source) as image:
             image.load()
             image = ImageOps.exif_transpose(image)
     except Exception as error:
         # on a damaged file, decoders raise exceptions of any type
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UnreadableImage(f"{name}: cannot be read as an image ({reason}); replace or remove it") from None
+        raise _unreadable(name, first_line(error)) from None
     return to_rgb(image)
+
+
+def _unreadable(name: str, reason: str) -> UnreadableImage:
+    return UnreadableImage(f"{name}: cannot be read as an image ({reason}); replace or remove it")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a decoded image of any mode to RGB."""
     if image.mode.startswith("I"):
-        # convert() would clip 16-bit grey to white
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        # convert() would clip 16-bit grey to white; images of 32 bits often hold 8-bit grey
+        grey = np.asarray(image).astype(np.int64)
+        shift = 0 if image.mode == "I" and grey.max(initial=0) < 256 else 8
+        image = Image.fromarray((grey >> shift).clip(0, 255).astype(np.uint8))
     if image.mode == "P":
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def prepared(path: str, transform: Callable[[Image.Image], Any]) -> Any:
+    """Read an image as RGB, and transform it.
+
+    Raises:
+        UnreadableImage: names the image; also one that would have more than `MAX_RESIZED` pixels once it is resized.
+    """
+    image = read_image(path, path)
+    width, height = _resized(image.size, transform)
+    if width * height > MAX_RESIZED:
+        raise _unreadable(path, f"{image.width}x{image.height} pixels would be resized to {width}x{height}")
+    return transform(image)
+
+
+def _resized(size: tuple[int, int], transform: Callable[[Image.Image], Any]) -> tuple[int, int]:
+    """Width and height to which a transform resizes an image; `size`, its own, where it does not begin with that."""
+    first = next(iter(getattr(transform, "transforms", [])), None)
+    if not isinstance(first, Resize):
+        return size
+    if not isinstance(first.size, int):
+        return first.size[-1], first.size[0]
+    return tuple(first.size * side // min(size) for side in size)
 
 
 class ImageFolderData(Dataset):
@@ -90,7 +125,7 @@ class ImageFolderData(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
-        return self.transform(read_image(path, path)), label
+        return prepared(path, self.transform), label
 
 
 def find_images(paths: Iterable[str]) -> list[str]:
@@ -127,7 +162,7 @@ def find_images(paths: Iterable[str]) -> list[str]:
 
 
 class ImageFiles(Dataset):
-    """Image files without classes. Item i is (i, transformed image), or (i, why the file cannot be read).
+    """Image files without classes. Item i is (i, transformed image), or (i, why there is none).
 
     Args:
         files: paths of the files.
@@ -141,10 +176,14 @@ class ImageFiles(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
+        file = self.files[index]
         try:
-            return index, self.transform(read_image(self.files[index], self.files[index]))
+            return index, prepared(file, self.transform)
         except UnreadableImage as error:
             return index, str(error)
+        except Exception as error:
+            # Pillow's resampling raises exceptions of any type
+            return index, f"{file}: cannot be prepared for the model ({first_line(error)})"
 
 
 class GreyData(Dataset):

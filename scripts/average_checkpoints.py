@@ -27,6 +27,7 @@ from command_line import Parser
 from main import fail
 from models.config import ConfigError
 from models.options import METHOD_KEYS
+from utils import check_not_read, shown
 
 NETWORK = ("model", "block_attention", *sorted(METHOD_KEYS))
 
@@ -40,6 +41,7 @@ def parse_arguments(argv):
     if len(args.checkpoints) < 2:
         raise ConfigError(f"{args.checkpoints[0]}: the only checkpoint given; a mean needs two or more")
     args.output = checkpoints.weights_path(args.output)
+    check_not_read(args.output, args.checkpoints)
     return args
 
 
@@ -78,7 +80,11 @@ def check_same(first, other, files):
 
 
 def average(paths, ema):
-    """The mean of checkpoints, as a checkpoint of weights."""
+    """The mean of checkpoints, as a checkpoint of weights.
+
+    Raises:
+        ConfigError: they do not belong together, or a weight is not finite; names the checkpoint.
+    """
     first, sums = None, {}
     for path in paths:
         last = checkpoints.weights_of(checkpoints.read(path), path, ema)
@@ -86,6 +92,8 @@ def average(paths, ema):
         check_same(first, last, (paths[0], path))
         for key, value in last["model"].items():
             if value.is_floating_point():
+                if not value.isfinite().all():
+                    raise ConfigError(f"{path}: {key} is not finite, nor would be the mean; leave this checkpoint out")
                 sums[key] = sums.get(key, 0) + value.double()
     means = {key: (value / len(paths)).to(last["model"][key].dtype) for key, value in sums.items()}
     return {**last, "model": {**last["model"], **means}}
@@ -98,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         checkpoints.write_weights(args.output, average(args.checkpoints, args.ema))
     except ConfigError as error:
         return fail(error)
-    print(f"the mean of {len(args.checkpoints)} checkpoints: {args.output}")
+    print(f"the mean of {len(args.checkpoints)} checkpoints: {shown(args.output)}")
     return 0
 
 

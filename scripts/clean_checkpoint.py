@@ -25,6 +25,7 @@ from command_line import Parser
 from main import fail
 from models.config import ConfigError
 from models.reader import sha256_of
+from utils import check_not_read, errors_name, shown
 
 
 def parse_arguments(argv):
@@ -39,18 +40,22 @@ def parse_arguments(argv):
     )
     args = parser.parse_args(argv)
     args.output = checkpoints.weights_path(args.output)
-    if args.output == Path(args.checkpoint).resolve():
-        raise ConfigError(
-            f"--output {args.output}: the checkpoint itself; give another name, or its state would be lost"
-        )
+    check_not_read(args.output, [args.checkpoint])
     return args
 
 
 def write(weights, output, with_hash):
-    """Write the file; returns its path, which may hold its hash, and its SHA-256."""
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        written = Path(folder) / output.name
-        checkpoints.write_weights(written, weights)
+    """Write the file; returns its path, which may hold its hash, and its SHA-256.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    with errors_name(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=".clean.") as folder:
+        written = Path(folder) / f"weights{output.suffix}"
+        try:
+            checkpoints.write_weights(written, weights)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(written), str(output))) from None
         digest = sha256_of(written)
         if with_hash:
             output = output.with_stem(f"{output.stem}-{digest[:8]}")
@@ -69,8 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error)
     before = ""
     if os.path.isfile(args.checkpoint):
-        before = f"{args.checkpoint}: {os.path.getsize(args.checkpoint):,} bytes\n"
-    print(f"{before}{output}: {os.path.getsize(output):,} bytes\nSHA-256 {digest}")
+        before = f"{shown(args.checkpoint)}: {os.path.getsize(args.checkpoint):,} bytes\n"
+    print(f"{before}{shown(output)}: {os.path.getsize(output):,} bytes\nSHA-256 {digest}")
     if "args" not in weights:
         print("note: it does not tell its model; give --kw_config wherever it is used")
     return 0

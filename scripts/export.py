@@ -35,6 +35,7 @@ from exporting import (
 from main import fail
 from models.config import ConfigError
 from trained import open_trained
+from utils import check_not_read, shown
 
 
 def parse_arguments(argv):
@@ -55,6 +56,7 @@ def parse_arguments(argv):
 
 def run(args):
     path = target(args.output)
+    check_not_read(path, (args.checkpoint, args.kw_config))
     if path.suffix == ".onnx":
         exporting.require_onnx()
     if path.suffix == ".safetensors" and (args.features or args.dynamic_size):
@@ -75,7 +77,7 @@ def run(args):
             write_pt2(*arguments)
         else:
             onnx(args, trained, arguments)
-    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+    print(f"{shown(path)}: {path.stat().st_size / 2**20:.1f} MiB")
 
 
 def onnx(args, trained, arguments):

@@ -15,7 +15,6 @@ import csv
 import io
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from loading.images import ImageFiles, find_images
 from main import fail
 from models.config import ConfigError
 from trained import open_trained
-from utils import check_target, write_out
+from utils import check_not_read, check_target, shown, write_out
 
 COLUMNS = ("image", "rank", "index", "class", "probability")
 
@@ -92,18 +91,14 @@ def predict(trained, files, args):
     return found, failed
 
 
-def shown(path):
-    """A path as text; bytes that are no UTF-8 are escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
 def records_of(found, names):
     """What was predicted, in plain types: image -> its classes."""
+    # escaped before they become JSON, in which a backslash is escaped itself
     return [
         {
             "image": shown(file),
             "predictions": [
-                {"index": index, "class": names[index] if names else str(index), "probability": value}
+                {"index": index, "class": shown(names[index]) if names else str(index), "probability": value}
                 for value, index in zip(values, indices, strict=True)
             ],
         }
@@ -133,12 +128,15 @@ def as_text(records):
 
 def run(args):
     files = find_images(args.images)
+    check_not_read(args.output, (args.checkpoint, args.kw_config, *files))
     trained = open_trained(args.checkpoint, args.kw_config, args.ema)
     found, failed = predict(trained, files, args)
+    if len(files) == len(failed) == 1:
+        raise ConfigError(shown(failed[0][1]))
     for _, reason in failed:
         print("passed over: " + shown(" ".join(reason.split())), file=sys.stderr)
     if not found:
-        return 2
+        raise ConfigError(f"none of the {len(files)} images can be predicted; the lines above say why")
     records = records_of(found, trained.classes)
     if args.format == "json":
         text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"

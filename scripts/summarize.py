@@ -28,6 +28,7 @@ import torch
 from models import ConfigError, build_model, read_config
 from models.counting import count_layers
 from models.options import MODEL_KEYS, OPTIONS
+from utils import check_not_read
 
 CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "glyphs": 500}
 UNITS = {"M": 1e6, "G": 1e9}
@@ -254,6 +255,7 @@ def main():
     started = time.perf_counter()
     try:
         files = find_configs(args.configs)
+        check_not_read(args.output, files)
         known = {}
         counted = [(path, count(path, args.input_size, known)) for path in files]
         if args.detail:

@@ -29,7 +29,7 @@ from command_line import make_parser, merged_options, parse_words
 from loading.transforms import make_transform
 from main import complete, fail, run
 from models.config import ConfigError
-from utils import check_target, read_launcher, write_out
+from utils import check_not_read, check_target, read_launcher, shown, write_out
 
 COLUMNS = "model top1 top1_err top5 top5_err param_count img_size crop_pct interpolation checkpoint".split()
 
@@ -45,7 +45,9 @@ def parse_arguments(argv):
             raise ConfigError(f"--{name} is not for this script; name the checkpoints to evaluate without an option")
     if read_launcher(merged_options(options)[0])[1] > 1:
         raise ConfigError("one process evaluates the checkpoints; start this script without a launcher")
-    return options.pop("checkpoints"), check_target(options.pop("output")), options
+    paths, output = options.pop("checkpoints"), check_target(options.pop("output"))
+    check_not_read(output, (*paths, options.get("kw_config")))
+    return paths, output, options
 
 
 def preprocessing(args):
@@ -107,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error)
     if not rows:
         return 2
-    print(f"{len(paths) - failed} of {len(paths)} checkpoints: {output}")
+    print(f"{len(paths) - failed} of {len(paths)} checkpoints: {shown(output)}")
     return 1 if failed else 0
 
 

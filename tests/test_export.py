@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,22 @@ from benchmark_export import CLASSES, SHARED, settle
 from helpers import METHODS, ROOT, finish
 from layer_checks import take_statistics
 from mixture_calls import definition, make_call, with_gradients
+from PIL import Image
 from tolerance import assert_same
 from torch import nn
+from torchvision.transforms import ToTensor
 
-from exporting import Features, session_of, write_onnx, write_pt2
+from exporting import (
+    Features,
+    accuracy,
+    describe,
+    labelled_images,
+    quantised,
+    session_of,
+    write_onnx,
+    write_pt2,
+)
+from loading.images import ImageFolderData
 from models import build_model, convert, load_weights, mixture_conv, set_temperature
 from models.config import ConfigError
 from models.methods import METHODS as BY_NAME
@@ -234,6 +247,86 @@ def test_command_writes_onnx(checkpoint, tmp_path, export):
     assert_same(session_of(tmp_path / "net.onnx")(images)[0], expected)
 
 
+class Tensors(torch.utils.data.Dataset):
+    """Images that are numbers already, and their labels."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index], self.labels[index]
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory):
+    """A linear classifier of images of 8x8 pixels, and its ONNX file."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)).eval()
+    path = tmp_path_factory.mktemp("linear") / "net.onnx"
+    write_onnx(model, path, 8, {})
+    return model, path
+
+
+def test_accuracy_counts_what_is_right(linear):
+    model, path = linear
+    images = torch.randn(70, 3, 8, 8)
+    weight, bias = (parameter.detach().numpy() for parameter in model[1].parameters())
+    best = (images.flatten(1).numpy() @ weight.T + bias).argmax(1)
+    # of the last, incomplete batch more are wrong than of the others
+    labels = [int((label + (i % 3 == 0 or i > 60)) % 5) for i, label in enumerate(best)]
+    right = sum(label == expected for label, expected in zip(labels, best, strict=True))
+    assert right == 40 and accuracy(path, Tensors(images, labels)) == pytest.approx(100 * right / 70)
+
+
+def image_folder(root, names, damaged=()):
+    for name in names:
+        (root / name).mkdir()
+        Image.new("RGB", (8, 8)).save(root / name / "x.png")
+    for name in damaged:
+        (root / name / "y.png").write_bytes((root / name / "x.png").read_bytes()[:40])
+    return str(root)
+
+
+def test_folders_are_the_models_classes(checkpoint, tmp_path):
+    trained = open_trained(str(checkpoint))
+    source = image_folder(tmp_path, ("3", "7"))
+    assert [label for _, label in labelled_images(trained, source, is_train=False)] == [3, 7]
+    image_folder(tmp_path, ("ant",))
+    with pytest.raises(ConfigError, match="its folder ant is none of the model's 10 classes"):
+        labelled_images(trained, source, is_train=False)
+    # of images to calibrate with, the labels do not matter, nor where the checkpoint does not tell its classes
+    assert len(labelled_images(trained, source, is_train=True)) == 3
+    trained.classes = None
+    assert [label for _, label in labelled_images(trained, source, is_train=False)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("use", "option"), [(accuracy, "--evaluate"), (quantised, "--int8")])
+def test_an_unreadable_image_is_named(linear, tmp_path, use, option):
+    data = ImageFolderData(Path(image_folder(tmp_path, "ab", damaged="b")), ToTensor())
+    before = linear[1].read_bytes()
+    with pytest.raises(ConfigError, match=f"^{option}: {tmp_path}/b/y.png: cannot be read as an image"):
+        use(linear[1], data)
+    assert [path.name for path in linear[1].parent.iterdir()] == ["net.onnx"] and linear[1].read_bytes() == before
+
+
+@pytest.mark.parametrize("write", [write_onnx, write_pt2])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_outputs_that_are_not_finite_are_refused(tmp_path, write, value):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)).eval()
+    nn.init.constant_(model[1].bias, value)
+    with pytest.raises(ConfigError, match="output is not finite"):
+        write(model, tmp_path / "net", 8, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_classes_as_metadata(checkpoint):
+    trained = open_trained(str(checkpoint))
+    trained.classes = ("caf\udce9", "\ud800", "\u00e9")
+    assert describe(trained)["classes"] == ["caf\\xe9", "\\ud800", "\u00e9"]
+
+
 def test_int8_of_digits(checkpoint, tmp_path, export):
     export(checkpoint, tmp_path / "float.onnx")
     printed = export(checkpoint, tmp_path / "int8.onnx", "--int8", "digits", "--evaluate", "digits")
@@ -259,6 +352,18 @@ def test_weights_tell_their_model(checkpoint, tmp_path, export):
     with torch.no_grad():
         assert torch.equal(before.model(images), after.model(images))
         assert torch.equal(before.model(images), other(images))
+    assert "which is read" in export(tmp_path / "net.safetensors", tmp_path / "net.safetensors", code=2)
+
+
+@pytest.mark.parametrize("given", [["model", "data_set"], None])
+def test_weights_keep_another_size(checkpoint, tmp_path, export, given):
+    """Also of a run that did not give a size."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["args"] = {**content["args"], "given": given} if given else content["args"]
+    torch.save(content, tmp_path / "net.pth")
+    export(tmp_path / "net.pth", tmp_path / "net.safetensors", "--input_size", 24)
+    after = open_trained(str(tmp_path / "net.safetensors"))
+    assert after.args.input_size == 24 and after.transform.transforms[0].size == (24, 24)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +375,10 @@ def test_weights_tell_their_model(checkpoint, tmp_path, export):
         (("{folder}/none.pth", "{folder}/net.onnx"), "does not exist"),
         (("{checkpoint}", "{folder}/net.safetensors", "--features"), "leave these out"),
         (("{checkpoint}", "{folder}/net.pt2", "--input_size", "0"), "--input_size: must be at least 1"),
+        (
+            ("{checkpoint}", "{folder}/net.safetensors", "--input_size", "8193"),
+            "--input_size must be an integer from 1 to",
+        ),
         (("{checkpoint}", "{folder}/net.pt2", "--int8", "digits"), "are for .onnx"),
         (("{checkpoint}", "{folder}/net.onnx", "--int8", "{folder}/none"), "none"),
         (("{checkpoint}", "{folder}/net.pt2", "--ema"), "no averaged weights"),

@@ -20,6 +20,7 @@ from torchvision.transforms.functional import center_crop, normalize, resize, to
 
 import checkpoints
 import main
+from loading.images import ImageFiles, read_image
 from models import build_model, load_weights, set_temperature
 from trained import open_trained
 
@@ -119,7 +120,7 @@ def test_a_reader_that_has_enough(last, images):
 ODD = ['a,b "c"\n.jpg', "d\re.JPG", "\u00e9\u4e16 \U0001f41c.jpeg", b"\xff.jpg", "=1+1.jpg", "-x.jpg", "{}%s'.jpg"]
 
 
-def test_odd_names_and_unreadable_images(last, images, tmp_path, capsys):
+def test_odd_names_and_unreadable_images(last, images, tmp_path, capsys, refused):
     folder = tmp_path / "odd"
     (folder / "inside").mkdir(parents=True)
     (folder / "inside" / "above").symlink_to(folder)
@@ -128,13 +129,16 @@ def test_odd_names_and_unreadable_images(last, images, tmp_path, capsys):
     (folder / "inside" / "bad.jpg").write_bytes((images / "val/ant/0.JPEG").read_bytes()[:300])
     (folder / "inside" / "good.jpg").write_bytes((images / "val/ant/0.JPEG").read_bytes())
     (folder / "notes.txt").write_text("no image")
+    os.mkfifo(folder / "pipe.png")
+    Image.new("L", (1, 200_000)).save(folder / "thin.png")
     expected = {f"{folder}/{name if isinstance(name, str) else chr(92) + 'xff.jpg'}" for name in ODD}
     expected.add(str(folder / "inside" / "good.jpg"))
     for form in ("json", "csv", "text"):
         target = tmp_path / f"x.{form}"
         assert predict.main([str(last), str(folder), "--format", form, "--output", str(target)]) == 1
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1 and str(folder / "inside" / "bad.jpg") in err
+        reasons = ("pipe.png: cannot be read as an image (it is no regular file)", "thin.png: cannot", "inside/bad.jpg")
+        for line, reason in zip(capsys.readouterr().err.splitlines(), reasons, strict=True):
+            assert line.startswith(f"passed over: {folder}/{reason}")
         text = target.read_bytes().decode("utf-8")
         if form == "json":
             found = [record["image"] for record in json.loads(text)]
@@ -144,8 +148,81 @@ def test_odd_names_and_unreadable_images(last, images, tmp_path, capsys):
             assert len(text.splitlines()) == len(expected)
             continue
         assert len(found) == len(expected) and set(found) == expected
-    assert predict.main([str(last), str(folder / "inside" / "bad.jpg"), "--format", "json"]) == 2
-    assert capsys.readouterr().out == ""
+    assert refused(predict, last, folder / "inside" / "bad.jpg").startswith(f"error: {folder}/inside/bad.jpg: cannot")
+    assert predict.main([str(last), str(folder / "inside" / "bad.jpg"), str(folder / "thin.png")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.splitlines()[2].startswith("error: none of the 2 images")
+
+
+def test_an_image_that_cannot_be_transformed(images):
+    def transform(image):
+        raise OverflowError("size is too large")
+
+    file = str(images / "val/ant/0.JPEG")
+    reason = f"{file}: cannot be prepared for the model (size is too large)"
+    assert ImageFiles([file], transform)[0] == (0, reason)
+
+
+@pytest.mark.parametrize("scale", [1, 257])
+def test_grey_of_32_bits(tmp_path, scale):
+    pixels = np.arange(256, dtype=np.int32).reshape(16, 16)
+    Image.fromarray(pixels * scale).save(tmp_path / "grey.tif")
+    read = read_image(str(tmp_path / "grey.tif"), "grey")
+    assert np.array_equal(np.asarray(read), np.repeat(pixels[..., None], 3, 2))
+
+
+def test_class_names_that_are_no_utf_8(last, images, tmp_path):
+    content = checkpoints.read(last)
+    content["args"]["classes"] = [os.fsdecode(b"caf\xe9"), "\ud800", "cat"]
+    torch.save(content, tmp_path / "odd.pth")
+    written = {}
+    for form in ("json", "csv", "text"):
+        target = tmp_path / f"x.{form}"
+        arguments = [tmp_path / "odd.pth", images / "val/ant/0.JPEG", "--format", form, "--output", target]
+        assert predict.main([str(word) for word in arguments]) == 0
+        written[form] = target.read_bytes().decode("utf-8")
+    (record,) = json.loads(written["json"])
+    assert {entry["class"] for entry in record["predictions"]} == {"caf\\xe9", "\\ud800", "cat"}
+    assert all("caf\\xe9" in written[form] and "\\ud800" in written[form] for form in ("csv", "text"))
+
+
+def test_an_output_that_cannot_be_written(last, images, monkeypatch, capsys):
+    arguments = [str(last), str(images / "val/ant/0.JPEG")]
+    with open("/dev/full", "w") as full:
+        for stdout, reason in ((full, "cannot be written: No space left"), (None, "is closed; give --output")):
+            monkeypatch.setattr(sys, "stdout", stdout)
+            assert predict.main(arguments) == 2
+            monkeypatch.undo()
+            err = capsys.readouterr().err
+            assert err.startswith("error: the standard output") and reason in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_no_script_writes_over_what_it_reads(last, images, tmp_path, refused, link):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    first, second, image, config = (folder / name for name in ("a.pth", "b.pth", "x.jpg", "config.json"))
+    for path in (first, second):
+        shutil.copy(last, path)
+    shutil.copy(images / "val/ant/0.JPEG", image)
+    config.write_text(json.dumps(CONFIG))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for script, arguments, path in (
+        (predict, (first, image), first),
+        (predict, (first, folder), image),
+        (predict, (first, image, "--kw_config", config), config),
+        (validate, (first, second), second),
+        (validate, (first, "--kw_config", config), config),
+        (average_checkpoints, (first, second), first),
+        (clean_checkpoint, (first,), first),
+    ):
+        output = path
+        if link:
+            output = tmp_path / f"link{path.suffix}"
+            output.unlink(missing_ok=True)
+            output.hardlink_to(path)
+        assert f"{path} itself, which is read" in refused(script, *arguments, "--output", output)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_predictions_of_unnamed_classes_and_of_a_released_checkpoint(images, tmp_path, capsys):
@@ -175,10 +252,15 @@ def test_predict_refuses(last, images, tmp_path, refused):
         ((image, image), "0.JPEG"),
         ((last, image, "--top_k", 0), "--top_k"),
         ((last, image, "--batch_size", "many"), "--batch_size"),
+        ((last, image, "--batch_size", 10**20), "--batch_size: must be at most"),
         ((last, image, "--format", "xml"), "--format"),
         ((last, image, "--kw_config", "missing.json"), "missing.json"),
         ((last, image, "--output", tmp_path / "no" / "x"), "there is no folder"),
         ((last, image, "--output", tmp_path), "not a file"),
+        ((last, image, "--output", "a\0b"), "null byte"),
+        ((last, image, "--output", tmp_path / ("x" * 300)), "too long"),
+        # the temporary file's name is longer
+        ((last, image, "--output", tmp_path / ("x" * 250)), "too long"),
         # before anything is computed
         ((tmp_path / "missing.pth", image, "--output", "/dev/null/x"), "/dev/null/x"),
         ((last, image, "--output", "/dev/null"), "/dev/null"),
@@ -294,13 +376,14 @@ def test_average_refuses(run, tmp_path, refused):
         "softmax": ({**content, "args": {**content["args"], "attention_function": "softmax"}}, '"attention_function"'),
         "empty": ({"epoch": 3}, "no weights"),
         "object": ({"model": {"weight": 1}}, "weight"),
+        "nan": ({**content, "model": {**content["model"], "fc.bias": torch.full((3,), torch.nan)}}, "fc.bias is not"),
     }
     for name, (other, part) in others.items():
         path = tmp_path / f"{name}.pth"
         torch.save(other, path)
         line = refused(average_checkpoints, *paths, path, *out)
         assert part in line and str(path) in line
-        assert name in ("empty", "object") or str(paths[0]) in line
+        assert name in ("empty", "object", "nan") or str(paths[0]) in line
     assert "two or more" in refused(average_checkpoints, paths[0], *out)
     assert "missing.pth" in refused(average_checkpoints, paths[0], "missing.pth", *out)
     assert ".safetensors" in refused(average_checkpoints, *paths, "--output", tmp_path / "x.onnx")
@@ -356,18 +439,25 @@ def test_clean_a_released_checkpoint(tmp_path, capsys):
 def test_clean_refuses(last, tmp_path, refused, monkeypatch):
     out = ("--output", tmp_path / "out.pth")
     assert "missing.pth" in refused(clean_checkpoint, "missing.pth", *out)
-    assert "the checkpoint itself" in refused(clean_checkpoint, last, "--output", last)
     assert ".safetensors" in refused(clean_checkpoint, last, "--output", tmp_path / "x.bin")
     assert "there is no folder" in refused(clean_checkpoint, last, "--output", tmp_path / "no" / "x.pth")
     state = {"model": {"weight": torch.ones(3)}}
     torch.save(state, tmp_path / "bare.pth")
     assert "averaged" in refused(clean_checkpoint, tmp_path / "bare.pth", *out, "--ema")
 
-    def full(*arguments):
+    assert "too long" in refused(clean_checkpoint, last, "--output", tmp_path / f"{'x' * 300}.pth")
+
+    def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    assert "No space left" in refused(clean_checkpoint, last, *out)
+    for place in ("torch.save", "utils._flush_to_disk", "tempfile.mkdtemp"):
+        monkeypatch.setattr(place, full)
+        for suffix in (".pth", ".safetensors"):
+            output = tmp_path / f"out{suffix}"
+            if (place, suffix) != ("torch.save", ".safetensors"):
+                line = refused(clean_checkpoint, last, "--output", output)
+                assert line.startswith(f"error: {output}: cannot be written: ") and "No space left" in line
+        monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["bare.pth"]
 
 
