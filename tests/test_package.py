@@ -231,8 +231,9 @@ def test_command_runs_the_script(own_path, capsys):
 
 
 def test_missing_extra_is_named(own_path, capsys, monkeypatch):
-    # as if it were not installed
-    monkeypatch.setitem(sys.modules, "mmengine", None)
+    # as if it were not installed, though another test may have imported its parts
+    for module in ["mmengine", *(name for name in sys.modules if name.startswith("mmengine."))]:
+        monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "train", raising=False)
     for module in [name for name in sys.modules if name == "detection" or name.startswith("detection.")]:
         monkeypatch.delitem(sys.modules, module)

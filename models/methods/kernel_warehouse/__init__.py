@@ -18,7 +18,16 @@ from ...options import Option
 from ..method import Method, Setting, layer_classes
 from ..settings import ATTENTION_FUNCTION, ATTENTIONS_OPTION, REDUCTION
 from .any_network import warehouses_of
-from .growth import DEFAULT_SHARES, FEW, attention_sizes, channels_of, have_whole_cells, is_within, refuse_growth
+from .growth import (
+    DEFAULT_SHARES,
+    FEW,
+    FEW_OF_FAMILY,
+    attention_sizes,
+    channels_of,
+    have_whole_cells,
+    is_within,
+    refuse_growth,
+)
 from .layer import ATTENTION_FUNCTIONS, KWAttention, KWConv1d, KWConv2d, KWConv3d, KWLinear, attention_size
 from .plans import explicit, family, group, half_mobilenetv2, share
 from .query_key_value import split_projections
@@ -206,8 +215,8 @@ class KWMethod(Method):
             return
         per = per_warehouse(self.given, list(self.groups))
         sizes, kernels = self._attention_sizes(per)
-        largest = DEFAULT_SHARES.get(family_name(self.model), 0)
-        is_small = is_within(sizes, kernels, largest) or sum(sizes.values()) <= FEW
+        largest, few = DEFAULT_SHARES.get(family_name(self.model), 0), FEW_OF_FAMILY if self.is_known else FEW
+        is_small = is_within(sizes, kernels, largest) or sum(sizes.values()) <= few
         if is_small and have_whole_cells(self.model, self.groups, per):
             return
         modules, positions = dict(self.model.named_modules()), self._candidates()

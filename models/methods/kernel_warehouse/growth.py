@@ -15,12 +15,12 @@ from .warehouse import partition, whole_cells
 
 PARTITION = ("cell_inplane_ratio", "cell_outplane_ratio", "spatial_partition")
 # family -> the share up to which its plan is followed by default: the largest of the paper's networks, rounded up
-# (ResNet50: 0.11, MobileNetV2 0.5x: 1.32, ConvNeXt-Tiny: 0.388)
-DEFAULT_SHARES = {"ResNet": 0.25, "MobileNetV2": 1.33, "ConvNeXt": 0.39, "VisionTransformer": 0.4}
+# (MobileNetV2 0.5x: 1.32, ConvNeXt-Tiny: 0.388), and up to ResNet152 (0.298)
+DEFAULT_SHARES = {"ResNet": 0.3, "MobileNetV2": 1.33, "ConvNeXt": 0.39, "VisionTransformer": 0.4}
 # any other plan is refused above this share and this number of parameters, unless `allow_growth` is set
 LARGEST_SHARE, LARGEST = 2.0, 3_000_000
-# attentions with so few parameters need no rule: those of a network of some layers
-FEW = 20_000
+# attentions with so few parameters need no rule: those of a network of some layers, and of a small one of a family
+FEW, FEW_OF_FAMILY = 20_000, 250_000
 
 
 def attention_sizes(
