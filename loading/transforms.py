@@ -8,6 +8,9 @@ from torchvision.transforms import InterpolationMode
 
 from models.config import ConfigError
 
+# of the side of an image, in pixels, before it is cropped
+LARGEST = 1 << 15
+
 
 def make_transform(args: argparse.Namespace, is_train: bool) -> transforms.Compose:
     """Build the transform of an RGB image to a normalised tensor [3, input_size, input_size].
@@ -19,17 +22,20 @@ def make_transform(args: argparse.Namespace, is_train: bool) -> transforms.Compo
     - CIFAR at its own size: the crop is taken from a padded image.
     - Digits: moved, rotated and scaled a little, and never flipped.
 
+    `args.data_set` chooses among them; in evaluation `args.trained_on`, where a checkpoint has told its own data set.
+
     Raises:
-        ConfigError: timm does not know the policy of `aa`.
+        ConfigError: timm does not know the policy of `aa`; `crop_pct` makes images too large.
     """
     size, imagenet = args.input_size, args.imagenet_default_mean_and_std
     mean = IMAGENET_DEFAULT_MEAN if imagenet else (0.5, 0.5, 0.5)
     std = IMAGENET_DEFAULT_STD if imagenet else (0.5, 0.5, 0.5)
     to_tensor = [transforms.ToTensor(), transforms.Normalize(mean, std)]
     bicubic, bilinear = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
-    small = size <= 32 and args.data_set.startswith("CIFAR")
+    data_set = args.data_set if is_train else getattr(args, "trained_on", args.data_set)
+    small = size <= 32 and data_set.startswith("CIFAR")
 
-    if args.data_set == "digits":
+    if data_set == "digits":
         moved = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=bilinear)
         resized = transforms.Resize((size, size), bicubic)
         return transforms.Compose([resized, *([moved] if is_train else []), *to_tensor])
@@ -42,6 +48,8 @@ def make_transform(args: argparse.Namespace, is_train: bool) -> transforms.Compo
             steps = [transforms.Resize((size, size), bicubic)]
         else:
             resized = int(size / (args.crop_pct or 224 / 256))
+            if resized > LARGEST:
+                raise ConfigError(f"crop_pct {args.crop_pct} makes images of {resized} pixels; it is {LARGEST} at most")
             steps = [transforms.Resize(resized, bicubic), transforms.CenterCrop(size)]
         return transforms.Compose([*steps, *to_tensor])
     if args.traditional_preprocess and not small:
