@@ -364,7 +364,7 @@ def check_classes(checkpoint: dict[str, Any], path: str | Path, classes: list[st
         return
     pairs = enumerate(itertools.zip_longest(own, classes))
     index, (theirs, ours) = next((index, pair) for index, pair in pairs if pair[0] != pair[1])
-    theirs, ours = (f"'{name}'" if name is not None else "missing" for name in (theirs, ours))
+    theirs, ours = ("missing" if name is None else repr(name[:60]) for name in (theirs, ours))
     raise ConfigError(
         f"{path}: it was trained on {len(own)} classes and the data have {len(classes)} others: class {index} is "
         f"{theirs} in the checkpoint and {ours} in the data; give data whose folders of classes have the names of the "

@@ -1,6 +1,7 @@
 """Transforms of images, in training and in evaluation."""
 
 import argparse
+from collections.abc import Callable
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torchvision import transforms
@@ -40,17 +41,7 @@ def make_transform(args: argparse.Namespace, is_train: bool) -> transforms.Compo
         resized = transforms.Resize((size, size), bicubic)
         return transforms.Compose([resized, *([moved] if is_train else []), *to_tensor])
     if not is_train:
-        if small:
-            steps = [transforms.Resize((size, size), bicubic)]
-        elif args.traditional_preprocess:
-            steps = [transforms.Resize(round(size * 256 / 224), bilinear), transforms.CenterCrop(size)]
-        elif size >= 384:
-            steps = [transforms.Resize((size, size), bicubic)]
-        else:
-            resized = int(size / (args.crop_pct or 224 / 256))
-            if resized > LARGEST:
-                raise ConfigError(f"crop_pct {args.crop_pct} makes images of {resized} pixels; it is {LARGEST} at most")
-            steps = [transforms.Resize(resized, bicubic), transforms.CenterCrop(size)]
+        steps = [transforms.Resize((size, size), bicubic)] if small else _resize_and_crop(args)
         return transforms.Compose([*steps, *to_tensor])
     if args.traditional_preprocess and not small:
         crop = transforms.RandomResizedCrop(size, interpolation=bilinear)
@@ -73,3 +64,16 @@ def make_transform(args: argparse.Namespace, is_train: bool) -> transforms.Compo
         steps = transform.transforms[1:]
     padded = [transforms.Resize((size, size), bicubic), transforms.RandomCrop(size, padding=4)]
     return transforms.Compose([*padded, *steps])
+
+
+def _resize_and_crop(args: argparse.Namespace) -> list[Callable]:
+    """The first steps of an evaluation on images larger than CIFAR's."""
+    size, bicubic = args.input_size, InterpolationMode.BICUBIC
+    if args.traditional_preprocess:
+        return [transforms.Resize(round(size * 256 / 224), InterpolationMode.BILINEAR), transforms.CenterCrop(size)]
+    if size >= 384:
+        return [transforms.Resize((size, size), bicubic)]
+    resized = int(size / (args.crop_pct or 224 / 256))
+    if resized > LARGEST:
+        raise ConfigError(f"crop_pct {args.crop_pct} makes images of {resized} pixels; {LARGEST} are the most")
+    return [transforms.Resize(resized, bicubic), transforms.CenterCrop(size)]
