@@ -164,7 +164,11 @@ def test_any_folder_is_evaluated_with_the_checkpoints_preprocessing(options, sty
 
     names = ["ant", "bee", "cat", "dog", "eel"]
     folder = make_image_folder(tmp_path / "images", classes=names)
-    path = save(tmp_path / "x.pth", untrained(NOT_DEFAULT), {**NOT_DEFAULT, **options}, classes=names)
+    model = untrained(NOT_DEFAULT)
+    with torch.no_grad():
+        # logits that tell one preprocessing from another
+        model.fc.weight.mul_(100)
+    path = save(tmp_path / "x.pth", model, {**NOT_DEFAULT, **options}, classes=names)
     command = {"data_set": "IMNET", "data_path": folder, "device": "cpu", "num_workers": 0, **style}
     assert main.main(words(eval=True, resume=path, **command)) == 0
     printed = re.search(r"Acc@1 \S+ Acc@5 \S+ loss (\S+)", capsys.readouterr().out)
