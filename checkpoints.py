@@ -5,6 +5,7 @@ A checkpoint is a dict of tensors, numbers, strings, lists and dicts: `model`, `
 """
 
 import argparse
+import itertools
 import math
 import random
 import re
@@ -19,9 +20,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from models import load_weights, set_temperature, temperature_range
+from models import build_model, load_weights, set_temperature, temperature_range
 from models.config import ConfigError, check_value
-from models.options import all_options
+from models.options import MODEL_KEYS, all_options
 from models.reader import read_checkpoint
 from models.safetensors_file import to_safetensors
 from models.weights import load_fitting, state_dict_of
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 # options of a machine, which a checkpoint of another one does not decide
 LOCAL = {"data_path", "eval_data_path", "device", "num_workers", "pin_mem", "nb_classes"}
+# options that choose how an evaluation resizes and crops its images
+CROPS = {"crop_pct", "traditional_preprocess"}
+# parameters that a network may have beyond twice those of its checkpoint's weights, before its settings are refused
+SPARE = 10_000_000
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -165,8 +170,8 @@ def set_aside(folder: Path, start_epoch: int, fresh: bool) -> None:
 def _epoch_of(path: Path) -> float:
     """The epoch of a checkpoint; one that cannot be read counts as the last."""
     try:
-        return read(path).get("epoch", math.inf)
-    except ConfigError:
+        return _progress_of(read(path))[0]
+    except (ConfigError, KeyError, ValueError):
         return math.inf
 
 
@@ -220,10 +225,10 @@ def newest(candidates: list[Path], folder: str | Path, instead: str) -> Path | N
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint from a path or URL, with its checksums verified. It never runs code.
+    """Read a checkpoint from a path or URL, with its checksums and entries verified. It never runs code.
 
     Raises:
-        ConfigError: the file is damaged, is not a checkpoint, or cannot be fetched.
+        ConfigError: the file is damaged, is not a checkpoint, or cannot be fetched; an entry is of a wrong type.
     """
     try:
         content = read_checkpoint(path)
@@ -233,7 +238,42 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ConfigError(text if str(path) in text else f"{path}: {text}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
+    _check_entries(content, path)
     return content
+
+
+def _check_entries(checkpoint: dict[Any, Any], path: str | Path) -> None:
+    """Check the entries that are used without a further check.
+
+    Raises:
+        ConfigError: names the first entry that is not of its type.
+    """
+    if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        # a bare state dict, which may have a weight of any name
+        return
+    own = own_options(checkpoint)
+    temperature, averages = checkpoint.get("temperature"), checkpoint.get("model_ema")
+    classes, given, count = own.get("classes"), own.get("given", []), own.get("nb_classes")
+    for name, value, kind, fits in (
+        ("temperature", temperature, "a number", temperature is None or _is_number(temperature)),
+        ("model_ema", averages, "a state dict", averages is None or isinstance(averages, dict)),
+        ('args["classes"]', classes, "a list of names", classes is None or _is_texts(classes)),
+        ('args["given"]', given, "a list of options", _is_texts(given)),
+        ('args["nb_classes"]', count, "an integer above 0", count is None or (type(count) is int and count > 0)),
+    ):
+        if not fits:
+            raise ConfigError(
+                f"{path}: its entry {name} must be {kind}, got {ascii(value)[:60]}; use another copy, or save its "
+                "state dict alone and give --kw_config"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value)
 
 
 def find(args: argparse.Namespace, output: Path | None) -> tuple[dict[str, Any] | None, str | Path | None]:
@@ -255,19 +295,24 @@ def adopt(args: argparse.Namespace, given: dict[str, Any], checkpoint: dict[str,
     """Take the options of a run from its checkpoint, since nothing else names a model.
 
     Args:
-        args: all options; those that are neither given nor a matter of the machine become the checkpoint's.
+        args: all options; those that are neither given nor a matter of the machine become the checkpoint's. For an
+            evaluation, `trained_on` is added, the data set whose preprocessing counts, and the precision stays.
         given: options that the command line, the config or the recipe gave; extended.
         checkpoint: content of the checkpoint.
         path: its path, for the error message.
 
     Raises:
-        ConfigError: the checkpoint does not hold the options of its run.
+        ConfigError: the checkpoint does not hold the options of its run, or they are of a network far larger than its
+            weights.
     """
     own = own_options(checkpoint)
     if "model" not in own:
         raise ConfigError(f"{path}: this checkpoint does not tell its model; give --kw_config or --model")
+    if args.eval and "data_set" in own and not CROPS & given.keys():
+        args.trained_on = check_value(all_options()["data_set"], own["data_set"], f'{path}: its option "data_set"')
+    skipped = LOCAL | ({"use_amp"} if args.eval else set())
     for name, option in all_options().items():
-        if option.group in ("run", "checkpoints", "processes") or name in LOCAL or name in given or name not in own:
+        if option.group in ("run", "checkpoints", "processes") or name in skipped or name in given or name not in own:
             continue
         # a setting that was not given is the method's choice; earlier checkpoints do not tell which were given
         if name in own["given"] if "given" in own else own[name] != option.default:
@@ -277,6 +322,77 @@ def adopt(args: argparse.Namespace, given: dict[str, Any], checkpoint: dict[str,
         # for data that do not tell their number of classes; others decide it themselves
         args.nb_classes = check_value(all_options()["nb_classes"], own["nb_classes"], f"{path}: its number of classes")
     args.given = sorted(given)
+
+
+def model_settings(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run's model, for `build_model`: its name, and those of its settings that were given."""
+    return {name: value for name, value in given.items() if name in MODEL_KEYS} | {"model": args.model}
+
+
+def check_size(settings: dict[str, Any], nb_classes: int, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Refuse a network far larger than the weights of its checkpoint, before it takes all memory.
+
+    Raises:
+        ConfigError: names the numbers of parameters; or the settings or the weights are wrong.
+    """
+    try:
+        held = sum(value.numel() for value in state_dict_of(checkpoint).values())
+        # shapes alone take no memory
+        with torch.device("meta"):
+            model = build_model(settings, num_classes=nb_classes)
+        wanted = sum(parameter.numel() for parameter in model.parameters())
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (RuntimeError, OverflowError):
+        # sizes beyond 64 bits
+        held, wanted = 0, math.inf
+    if wanted > 2 * held + SPARE:
+        raise ConfigError(
+            f"{path}: its options are of a network of {wanted:,} parameters, and its weights have {held:,}; use "
+            "another copy, or give the --kw_config that it was trained with"
+        )
+
+
+def check_classes(checkpoint: dict[str, Any], path: str | Path, classes: list[str] | None) -> None:
+    """Compare the names of the classes of the data with those of a checkpoint; nothing where either are not known.
+
+    Raises:
+        ConfigError: names the first difference.
+    """
+    own = own_options(checkpoint).get("classes")
+    if not own or not classes or list(own) == classes:
+        return
+    pairs = enumerate(itertools.zip_longest(own, classes))
+    index, (theirs, ours) = next((index, pair) for index, pair in pairs if pair[0] != pair[1])
+    theirs, ours = ("missing" if name is None else repr(name[:60]) for name in (theirs, ours))
+    raise ConfigError(
+        f"{path}: it was trained on {len(own)} classes and the data have {len(classes)} others: class {index} is "
+        f"{theirs} in the checkpoint and {ours} in the data; give data whose folders of classes have the names of the "
+        "training data, or take the weights over to other classes with --finetune"
+    )
+
+
+def averaged(checkpoint: dict[str, Any] | None, path: str | Path | None, asked: bool) -> dict[str, Any] | None:
+    """The checkpoint with its averaged weights in the place of its weights; None, which is logged, where it has none.
+
+    Raises:
+        ConfigError: it has none, and they were asked for.
+    """
+    if checkpoint is not None and checkpoint.get("model_ema"):
+        return {**checkpoint, "model": checkpoint["model_ema"]}
+    reason = "no checkpoint is evaluated" if checkpoint is None else f"{path}: {_without_average(checkpoint)}"
+    if asked:
+        raise ConfigError(f"{reason}; leave out --model_ema_eval")
+    log(f"note: no averaged weights are evaluated, since {reason}")
+    return None
+
+
+def _without_average(checkpoint: dict[str, Any]) -> str:
+    """Why a checkpoint has no averaged weights beside its own."""
+    if "best" in checkpoint and "model_ema" not in checkpoint:
+        # of `ema_state`
+        return "its weights already are the averaged ones"
+    return "holds no averaged weights, which a run keeps with --model_ema true"
 
 
 def own_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -296,9 +412,10 @@ def load(model: torch.nn.Module, checkpoint: dict[str, Any], path: str | Path) -
     Raises:
         ConfigError: the checkpoint is of another model; lists the first keys that differ.
     """
+    temperature = checkpoint.get("temperature")
     try:
         load_weights(model, checkpoint)
-        set_temperature(model, checkpoint.get("temperature", temperature_range(model)[1]))
+        set_temperature(model, temperature_range(model)[1] if temperature is None else temperature)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -316,7 +433,7 @@ def finetune(model: torch.nn.Module, args: argparse.Namespace) -> None:
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         differs = load_fitting(model, state, path)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(str(error) if path in str(error) else f"{path}: {error}") from None
     if differs:
         log(f"{path}: its classifier has another size and is left out")
 
@@ -364,14 +481,11 @@ def weights_of(checkpoint: dict[str, Any], path: str | Path, ema: bool = False) 
         ConfigError: it has no such weights, or they hold anything but tensors.
     """
     if ema and not checkpoint.get("model_ema"):
-        raise ConfigError(f"{path}: holds no averaged weights; a run keeps them with --model_ema true")
+        raise ConfigError(f"{path}: {_without_average(checkpoint)}; leave out --ema")
     try:
-        state = checkpoint["model_ema"] if ema else state_dict_of(checkpoint)
+        state = state_dict_of({"model": checkpoint["model_ema"]} if ema else checkpoint)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
-    others = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
-    if others:
-        raise ConfigError(f"{path}: {others[0]} is no tensor, so that its weights cannot be taken out")
     weights = {"format": FORMAT, "model": state}
     if isinstance(checkpoint.get("temperature"), (int, float)):
         weights["temperature"] = float(checkpoint["temperature"])
@@ -418,6 +532,7 @@ def restore(
         log(f"{path} holds weights only: the optimizer and the schedules start at epoch {args.start_epoch}")
         return args.start_epoch, {"acc1": None, "acc1_ema": None}
     try:
+        epoch, best = _progress_of(checkpoint)
         optimizer.load_state_dict(checkpoint["optimizer"])
         if scaler.is_enabled() and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
@@ -426,11 +541,26 @@ def restore(
             set_rng_state(checkpoint["rng"][process.rank], process.device)
         else:
             log(f"note: saved by {saved_by} processes and continued by {process.world}, with other random numbers")
-            set_seed(args.seed + process.rank + process.world * (checkpoint["epoch"] + 1))
-        return checkpoint["epoch"] + 1, dict(checkpoint["best"])
+            set_seed(args.seed + process.rank + process.world * (epoch + 1))
+        return epoch + 1, best
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: its optimizer or state does not fit ({reason}); use that run's options") from None
+
+
+def _progress_of(checkpoint: dict[str, Any]) -> tuple[int, dict[str, float | None]]:
+    """The epoch of a checkpoint, and the best accuracies up to it.
+
+    Raises:
+        KeyError, ValueError: it does not tell them, or not in numbers.
+    """
+    epoch, best = checkpoint["epoch"], checkpoint["best"]
+    if type(epoch) is not int or epoch < 0:
+        raise ValueError(f"its epoch is {ascii(epoch)[:60]}")
+    values = [best[name] for name in ("acc1", "acc1_ema")] if isinstance(best, dict) else [best]
+    if not isinstance(best, dict) or not all(value is None or _is_number(value) for value in values):
+        raise ValueError(f"its best accuracies are {ascii(best)[:60]}")
+    return epoch, dict(best)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from loading.images import CIFARData, DigitsData, GlyphsData, ImageFolderData
+from loading.images import CIFAR_FILES, CIFARData, DigitsData, GlyphsData, ImageFolderData
 from loading.readers import StreamData, reader_data
 from loading.sampling import EvalSampler, SeededData, TrainSampler
 from loading.transforms import make_transform
 from models.config import ConfigError
 from utils import Process, log
+
+CIFAR_NAMES = {"CIFAR": "CIFAR100", "CIFAR10": "CIFAR10", "CIFAR100": "CIFAR100"}
 
 
 def make_data(args: argparse.Namespace, is_train: bool) -> Dataset:
@@ -43,9 +45,16 @@ def make_data(args: argparse.Namespace, is_train: bool) -> Dataset:
         return ImageFolderData(Path(args.eval_data_path), transform, "--eval_data_path")
     if name == "glyphs":
         return GlyphsData(root, is_train, transform)
-    if name in ("CIFAR", "CIFAR10", "CIFAR100"):
-        return CIFARData("CIFAR10" if name == "CIFAR10" else "CIFAR100", root, is_train, transform)
+    if name in CIFAR_NAMES:
+        return CIFARData(CIFAR_NAMES[name], root, is_train, transform)
     return reader_data(args, is_train, transform)
+
+
+def known_classes(name: str) -> int | None:
+    """The number of classes of a `--data_set` that has the same ones in every folder; None for the others."""
+    if name == "digits":
+        return len(DigitsData.classes)
+    return CIFAR_FILES[CIFAR_NAMES[name]].classes if name in CIFAR_NAMES else None
 
 
 @dataclass

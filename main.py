@@ -8,13 +8,14 @@ A mistake in the options, the data or a checkpoint ends the run with one line an
 """
 
 import argparse
-import os
 import sys
 import time
+from collections.abc import Container
 from typing import Any
 
-from command_line import parse_command_line
+from command_line import make_parser, merged_options, parse_words
 from models.config import ConfigError
+from option_checks import check_data, check_weights, mixes
 from startup import before_torch
 
 
@@ -23,10 +24,11 @@ def main(argv: list[str] | None = None) -> int:
     # must come before torch is loaded, and reading the options of methods loads it
     before_torch()
     try:
-        args, given = parse_command_line(argv)
+        asked = parse_words(make_parser(), argv)
+        args, given = merged_options(asked)
         if args.dry_run:
-            return report(args, given)
-        complete(args, given)
+            return report(args, given, asked)
+        complete(args, given, asked)
     except ConfigError as error:
         return fail(error)
 
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from loading.images import UnreadableImage
 
     try:
-        run(args, given)
+        run(args, given, asked)
     except ConfigError as error:
         return fail(error)
     except (NonFiniteLoss, UnreadableImage) as error:
@@ -52,65 +54,62 @@ def fail(error: Exception, code: int = 2) -> int:
     return code
 
 
-def complete(args: argparse.Namespace, given: dict[str, Any]) -> None:
+def complete(args: argparse.Namespace, given: dict[str, Any], asked: Container[str] = ()) -> None:
     """Take the options of a run from the checkpoint of --resume where nothing else names a model, and check the paths.
+
+    Args:
+        args: all options; extended.
+        given: those of them that the command line, the config or the recipe gave; extended.
+        asked: names of those on the command line itself, which no config may contradict.
 
     Raises:
         ConfigError: names the option, or the checkpoint.
     """
+    check_weights(args, asked)
+    take_options(args, given)
+    check_data(args, asked)
+
+
+def take_options(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Take the options of a run from the checkpoint of --resume where nothing else names a model.
+
+    Raises:
+        ConfigError: names the checkpoint.
+    """
     if args.resume and "model" not in given:
         # loads torch, so that a mistake in the options is still refused at once
-        from checkpoints import adopt, read
+        from checkpoints import adopt, check_size, model_settings, read
 
-        adopt(args, given, read(args.resume), args.resume)
-    check_paths(args)
+        checkpoint = read(args.resume)
+        adopt(args, given, checkpoint, args.resume)
+        check_size(model_settings(args, given), args.nb_classes, checkpoint, args.resume)
 
 
-def report(args: argparse.Namespace, given: dict[str, Any]) -> int:
-    """Print what a dynamic model changes in its static network; returns the exit code."""
+def report(args: argparse.Namespace, given: dict[str, Any], asked: Container[str]) -> int:
+    """Print what a dynamic model changes in its static network, for the data of the run; returns the exit code.
+
+    Raises:
+        ConfigError: names the option, or the checkpoint.
+    """
+    check_weights(args, asked)
+    take_options(args, given)
+
+    from checkpoints import model_settings
+    from datasets import known_classes
     from models import report_model
-    from models.options import MODEL_KEYS
 
-    config = {name: value for name, value in given.items() if name in MODEL_KEYS}
-    print(report_model({**config, "model": args.model}, num_classes=args.nb_classes))
+    classes = args.nb_classes if "nb_classes" in given else known_classes(args.data_set) or args.nb_classes
+    print(report_model(model_settings(args, given), num_classes=classes, input_size=args.input_size))
     return 0
 
 
-def check_paths(args: argparse.Namespace) -> None:
-    """Refuse wrong paths and an odd batch size for mixing, before anything slow is done.
-
-    Raises:
-        ConfigError: names the option.
-    """
-    if args.finetune and args.init_static:
-        raise ConfigError("--finetune starts a dynamic network, --init_static a static one's layers: give one of them")
-    for option in ("resume", "finetune", "init_static"):
-        path = getattr(args, option)
-        if path and not path.startswith("timm:") and "://" not in path and not os.path.isfile(path):
-            raise ConfigError(f"--{option} {path}: no such file")
-    for option in ("data_path", "eval_data_path"):
-        path = getattr(args, option)
-        if path and "/" not in args.data_set and not os.path.isdir(path):
-            raise ConfigError(f"--{option} {path}: no such folder")
-    if args.data_set in ("IMNET", "image_folder") and not (args.data_path or (args.eval and args.eval_data_path)):
-        raise ConfigError(f"--data_set {args.data_set} needs --data_path, the folder that holds the data")
-    if args.output_dir and os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
-        raise ConfigError(f"--output_dir {args.output_dir}: not a folder")
-    if args.batch_size % 2 and not args.eval and mixes(args):
-        raise ConfigError(f"--batch_size {args.batch_size} must be even, since mixup and cutmix mix pairs of images")
-
-
-def mixes(args: argparse.Namespace) -> bool:
-    """Whether training images are mixed in pairs, by mixup or cutmix."""
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-def run(args: argparse.Namespace, given: dict[str, Any]) -> list[dict[str, Any]]:
+def run(args: argparse.Namespace, given: dict[str, Any], asked: Container[str] = ()) -> list[dict[str, Any]]:
     """Train or evaluate a model.
 
     Args:
         args: all options.
         given: those of them that the command line, the config or the recipe gave.
+        asked: names of those on the command line itself.
 
     Returns:
         With --eval: what `engine.evaluate` returned for the weights, and then for the averaged weights where they are
@@ -129,7 +128,6 @@ def run(args: argparse.Namespace, given: dict[str, Any]) -> list[dict[str, Any]]
     from datasets import make_loaders
     from engine import amp_dtype, evaluate, train_one_epoch
     from models import build_model, get_temperature, set_temperature, temperature_range
-    from models.options import MODEL_KEYS
     from optim_factory import Schedule, create_optimizer
     from utils import log
 
@@ -147,9 +145,8 @@ def run(args: argparse.Namespace, given: dict[str, Any]) -> list[dict[str, Any]]
 
     # model: every process makes the same initial weights, and later gets a random stream of its own
     utils.set_seed(args.seed)
-    config = {name: value for name, value in given.items() if name in MODEL_KEYS}
+    config = checkpoints.model_settings(args, given)
     try:
-        config["model"] = args.model
         model = build_model(config, num_classes=loaders.nb_classes, init_static=args.init_static).to(device)
         first, last = temperature_range(model)
         args.temp_init_value = args.temp_init_value if "temp_init_value" in given else first
@@ -169,15 +166,20 @@ def run(args: argparse.Namespace, given: dict[str, Any]) -> list[dict[str, Any]]
 
     # evaluate
     checkpoint, path = checkpoints.find(args, output)
+    if checkpoint is not None:
+        checkpoints.check_classes(checkpoint, path, loaders.classes)
     if args.eval:
         if checkpoint is None and not (args.finetune or args.init_static):
             raise ConfigError("--eval needs a checkpoint: give --resume, or the --output_dir of a run")
         set_temperature(model, last)
         if checkpoint is not None:
             checkpoints.load(model, checkpoint, path)
+        averaged = None
+        if args.model_ema_eval:
+            averaged = checkpoints.averaged(checkpoint, path, asked="model_ema_eval" in asked)
         results = [evaluate(model, loaders.evaluation, args=args, device=device)]
-        if args.model_ema_eval and checkpoint is not None and checkpoint.get("model_ema"):
-            checkpoints.load(model, {**checkpoint, "model": checkpoint["model_ema"]}, path)
+        if averaged is not None:
+            checkpoints.load(model, averaged, path)
             results.append(evaluate(model, loaders.evaluation, args=args, device=device, title="EMA "))
         return [{**result, "parameters": parameters} for result in results]
 

@@ -11,7 +11,7 @@ import checkpoints
 from loading.transforms import make_transform
 from models import build_model
 from models.config import ConfigError, merge
-from models.options import MODEL_KEYS, all_options
+from models.options import all_options
 from models.weights import matched_state, state_dict_of
 
 
@@ -51,15 +51,16 @@ def open_trained(path: str, config: str | dict[str, Any] | None = None, ema: boo
     if config is None:
         checkpoints.adopt(args, given, checkpoint, path)
     own = checkpoints.own_options(checkpoint)
-    settings = {name: value for name, value in given.items() if name in MODEL_KEYS} | {"model": args.model}
+    settings = checkpoints.model_settings(args, given)
     classes = own.get("classes")
+    told = given.get("nb_classes") or (len(classes) if classes else own.get("nb_classes"))
     try:
-        if "nb_classes" not in given:
-            told = len(classes) if classes else own.get("nb_classes")
-            args.nb_classes = told or _classes_of(settings, checkpoint) or args.nb_classes
+        checkpoints.check_size(settings, told or 1, checkpoint, path)
+        args.nb_classes = told or _classes_of(settings, checkpoint) or args.nb_classes
         model = build_model(settings, num_classes=args.nb_classes)
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        text = str(error)
+        raise ConfigError(text if str(path) in text else f"{path}: {text}") from None
     checkpoints.load(model, checkpoint, path)
     return Trained(model.eval(), None if not classes else tuple(classes), args, make_transform(args, is_train=False))
 

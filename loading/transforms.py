@@ -1,12 +1,16 @@
 """Transforms of images, in training and in evaluation."""
 
 import argparse
+from collections.abc import Callable
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from models.config import ConfigError
+
+# of the side of an image, in pixels, before it is cropped
+LARGEST = 1 << 15
 
 
 def make_transform(args: argparse.Namespace, is_train: bool) -> transforms.Compose:
@@ -19,30 +23,25 @@ def make_transform(args: argparse.Namespace, is_train: bool) -> transforms.Compo
     - CIFAR at its own size: the crop is taken from a padded image.
     - Digits: moved, rotated and scaled a little, and never flipped.
 
+    `args.data_set` chooses among them; in evaluation `args.trained_on`, where a checkpoint has told its own data set.
+
     Raises:
-        ConfigError: timm does not know the policy of `aa`.
+        ConfigError: timm does not know the policy of `aa`; `crop_pct` makes images too large.
     """
     size, imagenet = args.input_size, args.imagenet_default_mean_and_std
     mean = IMAGENET_DEFAULT_MEAN if imagenet else (0.5, 0.5, 0.5)
     std = IMAGENET_DEFAULT_STD if imagenet else (0.5, 0.5, 0.5)
     to_tensor = [transforms.ToTensor(), transforms.Normalize(mean, std)]
     bicubic, bilinear = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
-    small = size <= 32 and args.data_set.startswith("CIFAR")
+    data_set = args.data_set if is_train else getattr(args, "trained_on", args.data_set)
+    small = size <= 32 and data_set.startswith("CIFAR")
 
-    if args.data_set == "digits":
+    if data_set == "digits":
         moved = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=bilinear)
         resized = transforms.Resize((size, size), bicubic)
         return transforms.Compose([resized, *([moved] if is_train else []), *to_tensor])
     if not is_train:
-        if small:
-            steps = [transforms.Resize((size, size), bicubic)]
-        elif args.traditional_preprocess:
-            steps = [transforms.Resize(round(size * 256 / 224), bilinear), transforms.CenterCrop(size)]
-        elif size >= 384:
-            steps = [transforms.Resize((size, size), bicubic)]
-        else:
-            resized = int(size / (args.crop_pct or 224 / 256))
-            steps = [transforms.Resize(resized, bicubic), transforms.CenterCrop(size)]
+        steps = [transforms.Resize((size, size), bicubic)] if small else _resize_and_crop(args)
         return transforms.Compose([*steps, *to_tensor])
     if args.traditional_preprocess and not small:
         crop = transforms.RandomResizedCrop(size, interpolation=bilinear)
@@ -65,3 +64,16 @@ def make_transform(args: argparse.Namespace, is_train: bool) -> transforms.Compo
         steps = transform.transforms[1:]
     padded = [transforms.Resize((size, size), bicubic), transforms.RandomCrop(size, padding=4)]
     return transforms.Compose([*padded, *steps])
+
+
+def _resize_and_crop(args: argparse.Namespace) -> list[Callable]:
+    """The first steps of an evaluation on images larger than CIFAR's."""
+    size, bicubic = args.input_size, InterpolationMode.BICUBIC
+    if args.traditional_preprocess:
+        return [transforms.Resize(round(size * 256 / 224), InterpolationMode.BILINEAR), transforms.CenterCrop(size)]
+    if size >= 384:
+        return [transforms.Resize((size, size), bicubic)]
+    resized = int(size / (args.crop_pct or 224 / 256))
+    if resized > LARGEST:
+        raise ConfigError(f"crop_pct {args.crop_pct} makes images of {resized} pixels; {LARGEST} are the most")
+    return [transforms.Resize(resized, bicubic), transforms.CenterCrop(size)]

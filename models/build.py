@@ -106,7 +106,7 @@ def build_model(
             raise ConfigError(f"init_static is for dynamic models; '{name}' is static: use --finetune")
         try:
             load_static(model, init_static)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             raise ConfigError(f"init_static: {error}") from None
     if method is None:
         return model
@@ -116,14 +116,23 @@ def build_model(
         raise ConfigError(f"model '{name}': {error}") from None
 
 
-def report_model(config: str | os.PathLike | dict, num_classes: int = 1000, **overrides: Any) -> ConversionReport:
+def report_model(
+    config: str | os.PathLike | dict, num_classes: int = 1000, *, input_size: int | None = None, **overrides: Any
+) -> ConversionReport:
     """Report what a dynamic model changes in its static network; the arguments and errors are those of `build_model`.
+
+    Args:
+        input_size: height and width of the images that multiply-adds are counted for, if the network takes them; None:
+            the network's own.
 
     Raises:
         ConfigError: as for `build_model`, and where the model is static.
     """
     with torch.device("meta"):
         model, method, settings, name = _parts(config, num_classes, overrides)
+    if input_size is not None:
+        channels = (model.pretrained_cfg.get("input_size") or (3,))[0]
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (channels, input_size, input_size)}
     if method is None:
         raise ConfigError(f"'{name}' is static: there is nothing to report")
     try:

@@ -32,9 +32,10 @@ def read_checkpoint(source: str | os.PathLike) -> Any:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, is not a checkpoint, holds anything but tensors and plain values, or cannot be
-            downloaded.
+            downloaded; the URL has another scheme.
     """
-    if str(source).startswith(("http://", "https://")):
+    check_scheme(str(source))
+    if "://" in str(source):
         return _read(_download(str(source)), source)
     path = Path(source)
     if not path.is_file():
@@ -42,6 +43,17 @@ def read_checkpoint(source: str | os.PathLike) -> Any:
             f"checkpoint '{path}' does not exist" if not path.exists() else f"'{path}' is not a file"
         )
     return _read(path, path)
+
+
+def check_scheme(source: str) -> None:
+    """Refuse URLs that are not downloaded.
+
+    Raises:
+        ValueError: the scheme is neither http nor https.
+    """
+    scheme, separator, _ = source.partition("://")
+    if separator and scheme not in ("http", "https"):
+        raise ValueError(f"{source}: {scheme}:// is not supported; download the file and give its path")
 
 
 def _read(path: Path, name: str | os.PathLike) -> Any:

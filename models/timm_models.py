@@ -45,7 +45,7 @@ def create(prefix: str, backbone: str, pretrained: bool = False, **kwargs: Any) 
         prefix: one of `PREFIXES` that names a method.
         backbone: name of a network of timm's or of `BACKBONES`.
         pretrained: load the file that `pretrained_cfg` or `pretrained_cfg_overlay` names, strictly but for a
-            classifier of another size.
+            classifier of another size, with the temperature that it tells.
         kwargs: arguments of `timm.create_model`, and settings of the method.
 
     Raises:

@@ -13,6 +13,7 @@ from .messages import first_line, quiet
 from .methods.kernel_warehouse import warehouse_layers
 from .reader import read_checkpoint
 from .released import own_keys
+from .temperature import set_temperature
 
 
 def state_dict_of(checkpoint: dict[str, Any], model_key: str = "model|module") -> dict[str, Any]:
@@ -26,18 +27,33 @@ def state_dict_of(checkpoint: dict[str, Any], model_key: str = "model|module") -
         The dict under the first of these keys, or the checkpoint itself if it holds nothing but tensors.
 
     Raises:
-        ValueError: the checkpoint is not a dict, or has no state dict.
+        ValueError: the checkpoint is not a dict, or has no state dict, or this holds anything but named tensors.
     """
     if not isinstance(checkpoint, dict):
         raise ValueError(f"a checkpoint is a dict, not {type(checkpoint).__name__}")
     for key in [*model_key.split("|"), "state_dict"]:
         if isinstance(checkpoint.get(key), dict):
-            return checkpoint[key]
+            return _checked(checkpoint[key])
     if not checkpoint or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         raise ValueError(
             f"no weights found: the checkpoint has the keys {list(checkpoint)[:6]} and none of {model_key}|state_dict"
         )
-    return checkpoint
+    return _checked(checkpoint)
+
+
+def _checked(state: dict[Any, Any]) -> dict[str, Tensor]:
+    """The same state dict.
+
+    Raises:
+        ValueError: names the first entry that is no dense tensor, or whose key is no text.
+    """
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise ValueError(f"the key {key!r} of its weights is no text; the file is damaged, use another copy")
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            kind = "a sparse tensor" if isinstance(value, Tensor) else f"no tensor, but of type {type(value).__name__}"
+            raise ValueError(f"its weight '{key}' is {kind}; the file is damaged, use another copy")
+    return state
 
 
 def _fit_shape(value: Tensor, like: Tensor) -> Tensor:
@@ -114,9 +130,25 @@ def _classifier_keys(model: nn.Module) -> tuple[str, ...]:
 def load_trained(model: nn.Module, source: str | os.PathLike, model_key: str = "model|module") -> bool:
     """Load the weights of a trained model of the same kind; a classifier of another size keeps its initial weights.
 
-    The arguments and the errors are those of `load_static`, without timm's weights.
+    The temperature is restored where the checkpoint tells it. The arguments and the errors are those of `load_static`,
+    without timm's weights.
     """
-    return load_fitting(model, state_dict_of(read_checkpoint(source), model_key), str(source))
+    checkpoint = read_checkpoint(source)
+    differs = load_fitting(model, _state_in(checkpoint, source, model_key), str(source))
+    if checkpoint.get("temperature") is not None:
+        try:
+            set_temperature(model, checkpoint["temperature"])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{source}: its temperature does not fit: {error}") from None
+    return differs
+
+
+def _state_in(checkpoint: Any, source: str | os.PathLike, model_key: str) -> dict[str, Tensor]:
+    """`state_dict_of`, with the name of the file in its errors."""
+    try:
+        return state_dict_of(checkpoint, model_key)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def load_static(model: nn.Module, source: str, model_key: str = "model|module") -> bool:
@@ -137,7 +169,7 @@ def load_static(model: nn.Module, source: str, model_key: str = "model|module") 
     if source.startswith("timm:"):
         state = _timm_state(source.removeprefix("timm:"))
     else:
-        state = state_dict_of(read_checkpoint(source), model_key)
+        state = _state_in(read_checkpoint(source), source, model_key)
     return load_fitting(model, state, source)
 
 

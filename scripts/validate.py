@@ -63,9 +63,9 @@ def preprocessing(args):
 def evaluate(path, options):
     """The rows of a checkpoint: of its weights, and of its averaged weights where they are evaluated, too."""
     args, given = merged_options({**options, "resume": path, "eval": True})
-    complete(args, given)
+    complete(args, given, options)
     rows = []
-    for result, suffix in zip(run(args, given), ("", " (EMA)"), strict=False):
+    for result, suffix in zip(run(args, given, options), ("", " (EMA)"), strict=False):
         top1, top5 = round(result["acc1"], 4), round(result["acc5"], 4)
         rows.append(
             {

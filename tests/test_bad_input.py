@@ -5,11 +5,13 @@ import os
 
 import pytest
 import torch
-from helpers import KW, launch, make_image_folder, quick, read_log
+from helpers import KW, launch, make_image_folder, quick, read_log, words
 
 import main
-from checkpoints import write_checkpoint
+from checkpoints import read, weights_of, write_checkpoint
 from models import build_model
+from models.config import ConfigError
+from trained import open_trained
 
 # these models are so small that a second thread only waits
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +108,106 @@ def test_checkpoints(tmp_path, capsys):
         assert str(path) in refused(capsys, quick(resume=path, **option))
         write_checkpoint(path, {"model": good, "temperature": "hot"})
         assert str(path) in refused(capsys, quick(resume=path, **option))
+
+
+def entry(**own):
+    return lambda content: content["args"].update(own)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert main.main(quick(model="kw_test_resnet", **KW, epochs=1, output_dir=folder)) == 0
+    return folder / "checkpoint-0.pth"
+
+
+@pytest.mark.parametrize(
+    "change, parts",
+    [
+        (entry(classes=5), ['args["classes"]', "got 5", "--kw_config"]),
+        (entry(classes=torch.ones(3)), ['args["classes"]']),
+        (entry(classes="abcdefghij"), ['args["classes"]']),
+        (entry(given=5), ['args["given"]']),
+        (entry(given=None), ['args["given"]']),
+        (entry(classes=None, nb_classes="x"), ['args["nb_classes"]']),
+        (entry(classes=None, nb_classes=10**12), ["parameters", "its weights have"]),
+        (entry(cell_num_ratio=1e9), ["parameters", "its weights have"]),
+        (entry(cell_num_ratio=1e300), ['"cell_num_ratio"']),
+        (entry(cell_num_ratio=1e17), ["parameters", "its weights have"]),
+        (entry(data_set=7), ['"data_set"']),
+        (lambda content: content.update(args=[1]), ["does not tell its model"]),
+        (lambda content: content.update(temperature="hot"), ["temperature", "'hot'"]),
+        (lambda content: content.update(model_ema="x"), ["model_ema", "'x'"]),
+        (lambda content: content["model"].update({"fc.bias": "x"}), ["'fc.bias'", "str"]),
+        (lambda content: content["model"].update({"fc.bias": 1}), ["'fc.bias'", "int"]),
+        (lambda content: content["model"].update({5: torch.ones(1)}), ["key 5"]),
+        (lambda content: content["model"].update({"fc.bias": torch.ones(10).to_sparse()}), ["'fc.bias'", "sparse"]),
+    ],
+)
+def test_odd_entries_of_a_checkpoint(change, parts, run, tmp_path, capsys):
+    """Wherever it is read: by its own options, beside others, and as weights alone."""
+    content, path = torch.load(run, weights_only=True), tmp_path / "odd.pth"
+    change(content)
+    torch.save(content, path)
+    capsys.readouterr()
+    for options in ({"eval": True, "resume": path}, {"resume": path, "epochs": 2}):
+        line = refused(capsys, words(**options, device="cpu", num_workers=0))
+        assert str(path) in line and all(part in line for part in parts), line
+    with pytest.raises(ConfigError, match=r"odd\.pth"):
+        open_trained(str(path))
+    of_weights = parts[0] in ("'fc.bias'", "key 5")
+    if of_weights:
+        assert str(path) in refused(capsys, quick(model="kw_test_resnet", init_static=path))
+    if of_weights or parts[0].startswith(("args", "temperature", "model_ema")):
+        assert str(path) in refused(capsys, quick(model="kw_test_resnet", **KW, finetune=path))
+        with pytest.raises(ConfigError, match=r"odd\.pth"):
+            weights_of(read(path), path)
+
+
+@pytest.mark.parametrize("change", [{"epoch": "x"}, {"epoch": -2}, {"best": 5}, {"best": {"acc1": "x"}}], ids=str)
+def test_odd_progress(change, run, tmp_path, capsys):
+    torch.save({**torch.load(run, weights_only=True), **change}, tmp_path / "odd.pth")
+    capsys.readouterr()
+    assert "odd.pth" in refused(capsys, words(resume=tmp_path / "odd.pth", device="cpu", num_workers=0))
+
+
+@pytest.mark.parametrize(
+    "options, parts",
+    [
+        ({"init_static": "ftp://x/y.pth"}, ["--init_static ftp://x/y.pth", "not supported; download"]),
+        ({"finetune": "file:///y.pth"}, ["--finetune file:///y.pth", "not supported; download"]),
+        ({"resume": "s3://x/y.pth"}, ["--resume s3://x/y.pth", "not supported; download"]),
+        ({"finetune": "timm:resnet18"}, ["--finetune timm:resnet18", "is for --init_static"]),
+        ({"resume": "timm:resnet18"}, ["--resume timm:resnet18", "is for --init_static"]),
+        ({"eval": True, "resume": "FILE", "finetune": "FILE"}, ["--finetune", "give one"]),
+        ({"eval": True, "resume": "FILE", "init_static": "timm:resnet18"}, ["--init_static timm:resnet18", "give one"]),
+        ({"eval": True, "resume": "FILE", "disable_eval": True}, ["--disable_eval", "leave it out"]),
+        ({"eval": True, "resume": "FILE", "model_ema_eval": True}, ["no averaged weights", "--model_ema_eval"]),
+        ({"data_path": "."}, ["--data_path .", "digits", "--data_set IMNET"]),
+    ],
+    ids=str,
+)
+def test_weights_and_options_that_contradict_each_other(options, parts, run, capsys):
+    capsys.readouterr()
+    options = {name: run if value == "FILE" else value for name, value in options.items()}
+    line = refused(capsys, quick(model="kw_test_resnet", **KW, **options))
+    assert all(part in line for part in parts), line
+
+
+def test_what_a_config_contradicts_is_not_an_error(run, tmp_path, capsys):
+    """A config for training is good for an evaluation, too."""
+    (tmp_path / "config.json").write_text(
+        json.dumps({"disable_eval": True, "finetune": "gone", "model_ema_eval": True})
+    )
+    options = {"model": "kw_test_resnet", **KW, "eval": True, "resume": run}
+    assert main.main(quick(**options, kw_config=tmp_path / "config.json")) == 0
+    assert "note: no averaged weights are evaluated" in capsys.readouterr().out
+
+
+def test_a_folder_for_a_checkpoint_of_embedded_data(run, folder, capsys):
+    capsys.readouterr()
+    line = refused(capsys, words(eval=True, resume=run, data_path=folder, device="cpu"))
+    assert "was trained on digits" in line and "--data_set IMNET" in line
 
 
 def test_checkpoint_of_another_optimizer(tmp_path, capsys):

@@ -31,6 +31,7 @@ from checkpoints import (
     rng_state,
     save_checkpoint,
     set_rng_state,
+    weights_of,
     write_checkpoint,
 )
 from models import build_model, load_weights, reader, set_temperature, temperature_range
@@ -401,7 +402,12 @@ def test_evaluation_prints_what_training_logged(method, run_of, images, capsys):
     for title, suffix in (("", ""), ("EMA ", "_ema")):
         values = [line[f"test_{name}{suffix}"] for name in ("acc1", "acc5", "loss")]
         assert "\n{}* Acc@1 {:.3f} Acc@5 {:.3f} loss {:.3f}".format(title, *values) in out
-    assert main.main(quick(**common, resume=unbroken / "checkpoint-best-ema.pth")) == 0
+    best = unbroken / "checkpoint-best-ema.pth"
+    assert main.main(quick(**common, resume=best, model_ema_eval=True)) == 2
+    assert "already are the averaged ones; leave out --model_ema_eval" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="already are the averaged ones; leave out --ema"):
+        weights_of(read(best), best, ema=True)
+    assert main.main(quick(**common, resume=best)) == 0
     assert f"* Acc@1 {line['best_acc1_ema']:.3f} " in capsys.readouterr().out
     # the newest of a folder
     assert main.main(quick(**common, output_dir=unbroken)) == 0

@@ -5,10 +5,10 @@ import re
 import pytest
 import timm
 import torch
-from helpers import KW, quick
+from helpers import KW, quick, words
 
 import main
-from models import build_model
+from models import build_model, report_model
 from models.weights import load_static
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,6 +81,26 @@ def test_mistakes(options, parts, trained, capsys):
     assert main.main(quick(**options)) == 2
     text = capsys.readouterr().err.strip()
     assert len(text.splitlines()) == 1 and all(part in text for part in parts), text
+
+
+@pytest.mark.parametrize("data, classes", [("digits", 10), ("CIFAR10", 10), ("CIFAR", 100), ("IMNET", 1000)])
+def test_a_dry_run_reports_what_would_be_trained(data, classes, trained, capsys):
+    options = {"model": "kw_test_resnet", **KW, "data_set": data, "input_size": 32}
+    capsys.readouterr()
+    for count, given in ((classes, {}), (7, {"nb_classes": 7})):
+        assert main.main(words(**options, **given, dry_run=True)) == 0
+        expected = report_model({"model": "kw_test_resnet", **KW}, num_classes=count, input_size=32)
+        assert expected.input_shape == (3, 32, 32) and capsys.readouterr().out == f"{expected}\n"
+
+
+def test_a_dry_run_of_a_checkpoint(tmp_path, trained, capsys):
+    assert main.main(quick(model="od_test_resnet", kernel_num=2, epochs=1, output_dir=tmp_path)) == 0
+    capsys.readouterr()
+    assert main.main(words(resume=tmp_path / "checkpoint-0.pth", dry_run=True)) == 0
+    expected = report_model({"model": "od_test_resnet", "kernel_num": 2}, num_classes=10, input_size=16)
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert main.main(words(resume=trained, dry_run=True)) == 2
+    assert "'test_resnet' is static" in capsys.readouterr().err
 
 
 def test_a_dry_run_needs_no_data(capsys):

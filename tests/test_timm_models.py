@@ -1,6 +1,7 @@
 """Dynamic networks where timm's are used: created by name, as feature extractors, with another classifier."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -46,6 +47,26 @@ def test_created_as_timms(name, tmp_path):
     timm.models.load_checkpoint(again, str(tmp_path / "net.pth"))
     with pytest.raises(ValueError, match=f"{name} has no pretrained weights; give the path"):
         timm.create_model(name, pretrained=True)
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+def test_the_temperature_of_a_checkpoint(features_only, tmp_path):
+    net = timm.create_model("kw_test_resnet", num_classes=4)
+    file = {"file": str(tmp_path / "net.pth")}
+    for temperature in (0.5, 30.0, "hot"):
+        torch.save({"model": net.state_dict(), "temperature": temperature}, tmp_path / "net.pth")
+        create = functools.partial(
+            timm.create_model,
+            "kw_test_resnet",
+            pretrained=True,
+            pretrained_cfg_overlay=file,
+            features_only=features_only,
+        )
+        if temperature == 0.5:
+            assert get_temperature(create()) == 0.5
+        else:
+            with pytest.raises(ValueError, match=r"net\.pth: its temperature"):
+                create()
 
 
 def test_settings_of_the_method():

@@ -3,17 +3,20 @@
 import argparse
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import KW, METHODS, make_image_folder, quick, read_log, words
+from helpers import KW, METHODS, ROOT, make_image_folder, quick, read_log, words
 from PIL import Image
 from safetensors.torch import save_file
 
 import checkpoints
 import main
 from command_line import parse_command_line
+from loading.images import ImageFolderData
+from loading.transforms import make_transform
 from models import build_model, get_temperature, set_temperature, temperature_range
 from models.config import ConfigError
 from trained import open_trained
@@ -142,6 +145,77 @@ def test_evaluation_from_the_checkpoint_alone(data, tmp_path, capsys):
     trained = open_trained(alone["resume"])
     assert trained.classes == (tuple("0123456789") if data == "digits" else ("ant", "bee", "cat"))
     assert trained.args.attention_function == "softmax" and trained.args.input_size == size
+
+
+@pytest.mark.parametrize(
+    "options, style",
+    [
+        ({"data_set": "digits", "input_size": 8}, {}),
+        ({"data_set": "CIFAR", "input_size": 32}, {}),
+        ({"data_set": "IMNET", "input_size": 24, "crop_pct": 0.75}, {}),
+        ({"data_set": "digits", "input_size": 8}, {"crop_pct": 0.75}),
+    ],
+    ids=str,
+)
+def test_any_folder_is_evaluated_with_the_checkpoints_preprocessing(options, style, tmp_path, capsys):
+    """By main.py as by validate.py and open_trained; what the command line says of it wins."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import validate
+
+    names = ["ant", "bee", "cat", "dog", "eel"]
+    folder = make_image_folder(tmp_path / "images", classes=names)
+    model = untrained(NOT_DEFAULT)
+    with torch.no_grad():
+        # logits that tell one preprocessing from another
+        model.fc.weight.mul_(100)
+    path = save(tmp_path / "x.pth", model, {**NOT_DEFAULT, **options}, classes=names)
+    command = {"data_set": "IMNET", "data_path": folder, "device": "cpu", "num_workers": 0, **style}
+    assert main.main(words(eval=True, resume=path, **command)) == 0
+    printed = re.search(r"Acc@1 \S+ Acc@5 \S+ loss (\S+)", capsys.readouterr().out)
+    trained = open_trained(str(path))
+    args = argparse.Namespace(**{**vars(trained.args), **style, "data_set": "IMNET"})
+    data = ImageFolderData(folder / "val", make_transform(args, is_train=False) if style else trained.transform)
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(trained.model(image[None]), torch.tensor([label]))
+            for image, label in data
+        ]
+    assert float(printed[1]) == pytest.approx(float(sum(losses)) / len(losses), abs=6e-4)
+    assert validate.main([str(path), "--output", str(tmp_path / "x.csv"), *words(**command)]) == 0
+    assert printed[0] in capsys.readouterr().out
+
+
+def test_other_classes_are_refused(tmp_path, capsys):
+    """As many, with other names or in another order; nothing is compared where either side has no names."""
+    names = ["ant", "bee", "cat", "dog", "eel"]
+    folder = make_image_folder(tmp_path / "images", classes=names)
+    command = {"data_path": folder, "device": "cpu", "num_workers": 0, "batch_size": 4}
+    for classes, part in (
+        (["ant", "cat", "bee", "dog", "eel"], "class 1 is 'cat' in the checkpoint and 'bee' in the data"),
+        (["ant", "bee"], "class 2 is missing in the checkpoint and 'cat' in the data"),
+        (names, None),
+        (None, None),
+    ):
+        options = {"model": "test_resnet", "input_size": 24, "data_set": "IMNET", "epochs": 1}
+        path = save(tmp_path / "x.pth", untrained({"model": "test_resnet"}), options, classes=classes)
+        for more in ({"eval": True}, {"mixup": 0, "cutmix": 0}):
+            assert main.main(words(resume=path, **command, **more)) == (0 if part is None else 2)
+            err = capsys.readouterr().err
+            assert (part is None) == (not err) and (part or "") in err and err.count("\n") == (part is not None)
+
+
+def test_an_evaluation_is_in_float32_unless_told_otherwise(tmp_path):
+    path = save(tmp_path / "x.pth", untrained({"model": "test_resnet"}), {"model": "test_resnet", "use_amp": True})
+    for more, expected in (({"eval": True}, False), ({"eval": True, "use_amp": True}, True), ({}, True)):
+        args, given = parse_command_line(words(resume=path, **more))
+        checkpoints.adopt(args, given, checkpoints.read(path), path)
+        assert args.use_amp == expected
+
+
+def test_a_crop_of_huge_images_is_refused(tmp_path):
+    path = save(tmp_path / "x.pth", untrained({"model": "test_resnet"}), {"model": "test_resnet", "crop_pct": 1e-9})
+    with pytest.raises(ConfigError, match="crop_pct"):
+        open_trained(path)
 
 
 def test_data_without_named_classes_keep_the_number(tmp_path):
