@@ -113,3 +113,5 @@ def _register() -> None:
 
 
 _register()
+# timm finds the networks in its own registry; none of them is an attribute here
+__all__ = ["create"]

@@ -10,7 +10,7 @@ import timm.optim
 import torch
 from tolerance import assert_same
 
-import models.timm_models  # noqa: F401
+import models.timm_models
 from models import KWLinear, build_model, convert, get_temperature, load_weights, set_temperature
 
 IMAGE = torch.randn(2, 3, 64, 64)
@@ -144,3 +144,9 @@ def test_a_classifier_in_a_shared_warehouse_stays_static():
     assert type(net.head) is torch.nn.Linear and "another size" in net.conversion["head"]
     net(torch.randn(2, 3, 160, 160)).square().mean().backward()
     assert not without_gradient(net)
+
+
+def test_a_star_import_gives_what_the_module_has():
+    names = {}
+    exec("from models.timm_models import *", names)
+    assert names["create"] is models.timm_models.create
