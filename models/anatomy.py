@@ -197,7 +197,7 @@ def tied(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Those of the layers whose weight is a parameter of another module, too, as of an embedding."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     modules = dict(model.named_modules(remove_duplicate=False))
-    return [name for name in names if owners[id(modules[name].weight)] > 1]
+    return [name for name in names if owners[id(getattr(modules[name], "weight", None))] > 1]
 
 
 def without_short_cuts(model: nn.Module, names: Iterable[str]) -> list[str]:

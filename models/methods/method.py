@@ -164,7 +164,8 @@ class Method:
         """
         left = [name for name in names if name not in static]
         if not left:
-            raise ValueError(f"{self.name}: all layers of this model that it replaces must stay static")
+            reasons = "; ".join(f"'{name}', since {self.static[name]}" for name in static[:3])
+            raise ValueError(f"{self.name}: all layers of this model that it replaces must stay static: {reasons}")
         return left
 
     def default_layers(self) -> list[str]:
