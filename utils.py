@@ -233,9 +233,9 @@ def check_target(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=path.parent), contextlib.suppress(FileNotFoundError):
             _beside(path).stat()
         return path
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no folder {path.parent}; make it first") from None
     except OSError as error:
+        if not path.parent.exists():
+            raise ConfigError(f"{path}: there is no folder {path.parent}; make it first") from None
         raise ConfigError(f"{path}: cannot be written: {path.parent}: {error.strerror}") from None
 
 
