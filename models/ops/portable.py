@@ -38,6 +38,10 @@ def portable_mixture_conv(
     if inputs == 1 and alpha.shape[1] == 1 and n <= MOST_OUTPUTS:
         return with_bias(_mixed_outputs(x, alpha, cells, stride, padding, dilation, groups), bias)
     kernels = (alpha @ cells.flatten(1)).reshape(-1, taps, g_out, g_in, co, ci, math.prod(window))
+    if taps > 1 and math.prod(window) == 1:
+        # to [B, Go, co, T, Gi, ci]: runs of ci numbers stay together, which makes this copy of all kernels fast
+        kernels = kernels.squeeze(6).permute(0, 2, 4, 1, 3, 5).reshape(-1, g_out * co, taps, inputs)
+        return with_bias(_product(x, kernels, kernel_size, stride, padding, dilation, groups, taps_first=True), bias)
     # to [B, Go, co, Gi, ci, T, k]; axes of one entry need no reordering
     kernels = kernels.permute(0, 2, 4, 3, 5, 1, 6) if taps > 1 or g_in > 1 else kernels
     kernels = kernels.reshape(-1, g_out * co, inputs, math.prod(kernel_size))
@@ -80,10 +84,11 @@ def _mixed_outputs(x, alpha, cells, stride, padding, dilation, groups):
     return sum(weight * output for weight, output in zip(weights, outputs, strict=True))
 
 
-def _product(x, kernels, window, stride, padding, dilation, groups):
-    """Convolve x [B, C, *S] with kernels [B, O, I, T], without a bias."""
+def _product(x, kernels, window, stride, padding, dilation, groups, taps_first=False):
+    """Convolve x [B, C, *S] with kernels [B, O, I, T], or [B, O, T, I] with `taps_first`, without a bias."""
     out = output_size(x.shape[2:], window, stride, padding, dilation)
-    c_out, inputs, taps = kernels.shape[1:]
+    c_out, taps = kernels.shape[1], math.prod(window)
+    inputs = x.shape[1] // groups
     if inputs == 1 and c_out == groups:
         factors = kernels.reshape(-1, c_out, taps, *[1] * len(out)).unbind(2)
         slices = _slices(x, window, stride, padding, dilation, out)
@@ -91,7 +96,10 @@ def _product(x, kernels, window, stride, padding, dilation, groups):
     rows, seen = [groups, c_out // groups, taps * inputs], [groups, taps * inputs, math.prod(out)]
     if groups == 1:
         rows, seen = rows[1:], seen[1:]
-    patches = _patches(x, window, stride, padding, dilation, out).reshape(-1, *seen)
+    patches = _patches(x, window, stride, padding, dilation, out)
+    if taps_first:
+        patches = patches.reshape(-1, groups, inputs, taps, math.prod(out)).transpose(2, 3)
+    patches = patches.reshape(-1, *seen)
     return (kernels.reshape(-1, *rows) @ patches).reshape(-1, c_out, *out)
 
 
