@@ -18,6 +18,8 @@ from .geometry import output_size
 
 # up to this many cells, static convolutions with every cell are faster than depth-wise ones with assembled kernels
 MOST_OUTPUTS = 8
+# up to this many taps, a depth-wise convolution is a sum of slices; exporters take minutes for programs of many slices
+MOST_SLICES = 9
 
 
 def portable_mixture_conv(
@@ -89,7 +91,7 @@ def _product(x, kernels, window, stride, padding, dilation, groups, taps_first=F
     out = output_size(x.shape[2:], window, stride, padding, dilation)
     c_out, taps = kernels.shape[1], math.prod(window)
     inputs = x.shape[1] // groups
-    if inputs == 1 and c_out == groups:
+    if inputs == 1 and c_out == groups and taps <= MOST_SLICES:
         factors = kernels.reshape(-1, c_out, taps, *[1] * len(out)).unbind(2)
         slices = _slices(x, window, stride, padding, dilation, out)
         return sum(factor * part for factor, part in zip(factors, slices, strict=True))
