@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torchvision
 from helpers import replaced
 from torch import nn
 
@@ -24,6 +25,14 @@ def test_any_budget_finds_cells(width, budget):
     cells = sum(house.cells.numel() for house in net.warehouses.values())
     kernels = sum(math.prod(shape) for house in net.warehouses.values() for shape in house.kernels.values())
     assert cells == pytest.approx(budget * kernels, rel=1e-6)
+
+
+def test_large_layers_that_fit_late_do_not_let_the_attentions_grow():
+    """Most kernels of this detector fit at the largest shares only, at which it would have 1.8 times the parameters."""
+    with torch.device("meta"):
+        detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
+        before, after = convert(detector(weights=None, weights_backbone=None), dry_run=True).parameters
+    assert 0.9 < after / before < 1.3
 
 
 def test_a_budget_without_cells_is_refused():
