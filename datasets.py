@@ -18,6 +18,7 @@ from loading.readers import StreamData, reader_data
 from loading.sampling import EvalSampler, SeededData, TrainSampler
 from loading.transforms import make_transform
 from models.config import ConfigError
+from stopping import leave_signals_to_parent
 from utils import Process, log
 
 CIFAR_NAMES = {"CIFAR": "CIFAR100", "CIFAR10": "CIFAR10", "CIFAR100": "CIFAR100"}
@@ -70,12 +71,22 @@ class Loaders:
     nb_classes: int
     classes: list[str] | None = None
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the training images; call it before every epoch."""
-        if isinstance(self.train.dataset, StreamData):
-            self.train.dataset.set_epoch(epoch)
+    @property
+    def positioned(self) -> bool:
+        """Whether training can begin within an epoch; streams begin at its first image."""
+        return not isinstance(self.train.dataset, StreamData)
+
+    def set_epoch(self, epoch: int, consumed: int = 0) -> None:
+        """Choose the order of the training images; call it before every epoch.
+
+        Args:
+            epoch: counted from 0 over the whole run.
+            consumed: images of the epoch that all processes together have used up.
+        """
+        if self.positioned:
+            self.train.sampler.epoch, self.train.sampler.consumed = epoch, consumed
         else:
-            self.train.sampler.epoch = epoch
+            self.train.dataset.set_epoch(epoch)
 
 
 def make_loaders(args: argparse.Namespace, given: dict[str, Any], process: Process) -> Loaders:
@@ -109,6 +120,9 @@ def make_loaders(args: argparse.Namespace, given: dict[str, Any], process: Proce
         "num_workers": workers,
         "pin_memory": args.pin_mem and process.device.type == "cuda",
         "persistent_workers": workers > 0,
+        # a loader process that hangs ends the run instead of stopping it for ever
+        "timeout": args.timeout if workers else 0,
+        "worker_init_fn": leave_signals_to_parent,
     }
     loaders = Loaders(None, None, nb_classes, None if classes is None else list(map(str, classes)))
     if isinstance(train_data, StreamData):
@@ -117,7 +131,7 @@ def make_loaders(args: argparse.Namespace, given: dict[str, Any], process: Proce
         loaders.train = DataLoader(train_data, drop_last=True, generator=_own_generator(args), **common)
     elif train_data is not None:
         sampler = TrainSampler(len(train_data), process.rank, process.world, args.seed)
-        seeded = SeededData(train_data, args.seed)
+        seeded = SeededData(train_data, args.seed, replaces=args.bad_images > 0)
         loaders.train = DataLoader(seeded, sampler=sampler, drop_last=True, generator=_own_generator(args), **common)
     if loaders.train is not None and len(loaders.train) < args.update_freq:
         needed = args.batch_size * args.update_freq * process.world

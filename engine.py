@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import math
+import multiprocessing
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from checkpoints import EpochProgress
 from loading.images import UnreadableImage
 from models import set_temperature, temperature_range
 from models.ops.dead_taps import WrittenGradients
-from utils import Process, Progress, RunLog, log, reduce_sum
+from run_logs import RunLog
+from utils import Process, Progress, log, reduce_sum
 
 if TYPE_CHECKING:
     from timm.data import Mixup
@@ -26,6 +30,20 @@ if TYPE_CHECKING:
 
 class NonFiniteLoss(RuntimeError):
     """The loss or the gradient is NaN or infinite. The message names the epoch and the step."""
+
+
+class LoaderFailed(RuntimeError):
+    """The processes that load images ended, hang, or lack memory. The message is one line, with a remedy."""
+
+
+class Watch(Protocol):
+    """Decides between two updates whether the run is saved, or stops."""
+
+    def wishes(self, progress: EpochProgress) -> tuple[bool, bool]:
+        """Whether this process wants to stop, and whether it wants to save."""
+
+    def act(self, progress: EpochProgress, stop: bool, save: bool) -> None:
+        """Save, and raise `stopping.Stopped`, as any of the processes wished; all of them call it."""
 
 
 def temperature_at(
@@ -71,15 +89,18 @@ def train_one_epoch(
     mixup: "Mixup | None" = None,
     ema: "ModelEmaV3 | None" = None,
     run_log: RunLog | None = None,
+    progress: EpochProgress | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, float | None]:
-    """Train for an epoch.
+    """Train for an epoch, or for the rest of it.
 
     An update averages the gradients of `update_freq` batches of every process. Batches at the end of the loader that
     do not fill an update are dropped. A step waits for a GPU only when it logs.
 
     Args:
         net: the model, bare or in DistributedDataParallel.
-        loader: batches of images [B, 3, H, W] and classes [B].
+        loader: batches of images [B, 3, H, W], classes [B], and, optionally, B texts: why an image could not be read
+            that another one stands for, or "". It begins where `progress` ends.
         schedule: learning rate and weight decay at every update.
         criterion: loss of logits [B, classes] and targets (classes [B], or [B, classes] with mixup).
         epoch: counted from 0 over the whole run.
@@ -87,36 +108,53 @@ def train_one_epoch(
         mixup: mixes images and targets; None: no mixing.
         ema: average of the weights to update; None: none is kept.
         run_log: receives the metrics of the steps that log.
+        progress: what of the epoch is done, which is brought up to date; None: nothing.
+        watch: asked after every update whether to save or to stop.
 
     Returns:
         Averages over the epoch and all processes: `loss` and `acc1` (None with mixup), and the last `lr`,
-        `weight_decay`, `temperature` and `grad_norm`.
+        `weight_decay`, `temperature` and `grad_norm`; `unreadable` and `skipped`, the numbers of images and updates
+        that were left out, where there are any.
 
     Raises:
-        NonFiniteLoss: in all processes at the same step. No update was made from such a gradient.
+        NonFiniteLoss: more updates than `skip_nonfinite` had a loss or gradient that was not finite, or the weights
+            are not; in all processes at the same step. No update was made from such a gradient.
+        UnreadableImage: more than the share `bad_images` of the images cannot be read; in all processes at once.
+        LoaderFailed: the loader processes ended or hang.
+        stopping.Stopped: `watch` stopped the run.
     """
     model = net.module if isinstance(net, DistributedDataParallel) else net
     device, steps = process.device, schedule.steps_per_epoch
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    buffers = list(model.buffers())
     temperature, (_, final) = None, temperature_range(model)
+    progress = EpochProgress(epoch) if progress is None else progress
+    images_per_update = args.batch_size * args.update_freq * process.world
     # sums of the loss, of correct images and of images, which stay on the device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    fresh = torch.zeros(3, dtype=torch.float64, device=device)
+    progress.sums = sums = fresh if progress.sums is None else progress.sums.to(device)
+    skipped = torch.full((), float(progress.skipped), device=device)
     first_bad_step = torch.full((), -1.0, device=device)
-    progress = Progress(f"epoch {epoch}", steps, args.batch_size * args.update_freq * process.world, device)
+    shown = Progress(f"epoch {epoch}", steps, images_per_update, device, progress.update)
 
     net.train()
-    batches = _on_device(loader, device, args.channels_last)
-    for update in range(steps):
+    # an epoch that only lacks its evaluation loads no image
+    batches = _on_device(loader, device, args.channels_last) if progress.update < steps else iter(())
+    for update in range(progress.update, steps):
         step = epoch * steps + update
         lr, weight_decay = schedule.apply(optimizer, step)
         now = temperature_at(step, steps, args.temp_epoch, args.temp_init_value, final)
         if now != temperature:
             temperature = now
             set_temperature(model, temperature)
+        # an update that is left out must not change the statistics of BatchNorm
+        before = [buffer.clone() for buffer in buffers] if args.skip_nonfinite else []
 
         loss_of_update = torch.zeros((), device=device)
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
         for micro in range(args.update_freq):
-            images, targets = next(batches)
+            images, targets, unreadable = next(batches)
+            progress.unreadable += _report(unreadable)
             classes = targets
             if mixup is not None:
                 images, targets = mixup(images, targets)
@@ -129,9 +167,8 @@ def train_one_epoch(
                 scaler.scale(loss).backward()
             loss_of_update += loss.detach()
             if mixup is None:
-                sums[1] += (logits.detach().argmax(1) == classes).sum()
-                sums[2] += len(classes)
-        sums[0] += loss_of_update
+                counts[0] += (logits.detach().argmax(1) == classes).sum()
+                counts[1] += len(classes)
 
         if scaler.is_enabled():
             scaler.unscale_(optimizer)
@@ -144,15 +181,28 @@ def train_one_epoch(
         finite = torch.isfinite(loss_of_update)
         if not scaler.is_enabled():
             finite = finite & torch.isfinite(grad_norm)
-        bad = (~finite).float()
-        if dist.is_initialized():
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-        first_bad_step = torch.where((first_bad_step < 0) & (bad > 0), float(update), first_bad_step)
         last = update == steps - 1
         logs = (update + 1) % args.log_interval == 0 or last
-        # On a CPU, check every update. On a GPU, check only when logging; the optimizer skips bad updates meanwhile.
-        if logs or device.type == "cpu":
-            _raise_if_bad(first_bad_step, epoch, steps)
+        # On a CPU, look at every update. On a GPU, look only when logging; the optimizer skips bad updates meanwhile.
+        looks = logs or device.type == "cpu"
+        progress.update, progress.samples = update + 1, progress.samples + images_per_update
+        stop, save = watch.wishes(progress) if watch is not None and looks else (False, False)
+        # one exchange tells every process what the others saw
+        told = torch.zeros(4, device=device)
+        if looks:
+            told = torch.tensor([0.0, stop, save, progress.unreadable], device=device)
+        told[0] = (~finite).float()
+        reduce_sum(told)
+        bad = (told[0] > 0).float()
+        skipped += bad
+        first_bad_step = torch.where((first_bad_step < 0) & (bad > 0), float(update), first_bad_step)
+        if looks:
+            progress.skipped = int(skipped.item())
+            if progress.skipped > args.skip_nonfinite:
+                raise _not_finite(int(first_bad_step.item()), epoch, steps)
+            _check_unreadable(int(told[3].item()), loader, args.bad_images)
+        sums[0] += torch.where(bad > 0, 0.0, loss_of_update)
+        sums[1:] += torch.where(bad > 0, 0, counts)
         if scaler.is_enabled():
             scaler.step(optimizer)
             scaler.update()
@@ -160,57 +210,106 @@ def train_one_epoch(
             optimizer.found_inf = bad
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        for buffer, value in zip(buffers, before):
+            buffer.copy_(torch.where(bad > 0, value, buffer))
         if ema is not None:
             ema.update(model)
 
+        if looks:
+            metrics = {"loss": loss_of_update.item(), "lr": lr, "temperature": temperature, "grad_norm": grad_norm.item()}
+            progress.last = {**metrics, "weight_decay": weight_decay}
         if logs:
-            metrics = {
-                "loss": loss_of_update.item(),
-                "lr": lr,
-                "temperature": temperature,
-                "grad_norm": grad_norm.item(),
-            }
-            progress.update(update + 1, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+            shown.update(update + 1, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
             if run_log is not None:
                 run_log.step(step + 1, {f"train/{name}": value for name, value in metrics.items()})
+        if watch is not None and looks:
+            watch.act(progress, *(told[1:3] > 0).tolist())
 
-    reduce_sum(sums)
-    loss, correct, images_seen = sums.tolist()
+    totals = torch.cat([sums, sums.new_tensor([progress.unreadable])])
+    reduce_sum(totals)
+    loss, correct, images_seen, unreadable = totals.tolist()
+    left_out = {"unreadable": int(unreadable), "skipped": progress.skipped}
     return {
         "loss": loss / steps / process.world,
         "acc1": 100 * correct / images_seen if images_seen else None,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "temperature": temperature,
-        "grad_norm": grad_norm.item(),
+        **{name: progress.last[name] for name in ("lr", "weight_decay", "temperature", "grad_norm")},
+        **{name: count for name, count in left_out.items() if count},
     }
 
 
-def _raise_if_bad(first_bad_step: torch.Tensor, epoch: int, steps: int) -> None:
-    bad = int(first_bad_step.item())
-    if bad >= 0:
-        raise NonFiniteLoss(
-            f"the loss or the gradient is not finite at step {bad} of epoch {epoch} (step {epoch * steps + bad} of the "
-            "run); the last checkpoint is intact. Lower --lr, lengthen --warmup_epochs or set --clip_grad"
+def _not_finite(bad: int, epoch: int, steps: int) -> NonFiniteLoss:
+    return NonFiniteLoss(
+        f"the loss or the gradient is not finite at step {bad} of epoch {epoch} (step {epoch * steps + bad} of the "
+        "run); the last checkpoint is intact. Lower --lr, lengthen --warmup_epochs or set --clip_grad"
+    )
+
+
+def _report(reasons: Iterable[str]) -> int:
+    """Print why images could not be read; returns their number."""
+    found = [reason for reason in reasons if reason]
+    for reason in found:
+        print(f"warning: left out: {reason}", file=sys.stderr, flush=True)
+    return len(found)
+
+
+def _check_unreadable(count: int, loader: DataLoader, share: float) -> None:
+    if count and count > share * len(loader.dataset):
+        raise UnreadableImage(
+            f"{count} of {len(loader.dataset)} training images cannot be read, more than the share {share:g} of "
+            "--bad_images; they are named above, and scripts/check_data.py lists all of them"
         )
 
 
-def _on_device(loader: Iterable, device: torch.device, channels_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of a loader on the device.
+def _on_device(
+    loader: Iterable, device: torch.device, channels_last: bool
+) -> Iterator[tuple[Tensor, Tensor, tuple[str, ...]]]:
+    """The batches of a loader on the device, each with its texts about images that could not be read.
 
     For a GPU a separate stream copies them, while the GPU still computes the step before.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    for batch in loader:
+    for images, targets, *about in _loaded(loader):
         with torch.cuda.stream(stream):
-            batch = _to_device(batch, device, channels_last)
+            batch = _to_device((images, targets), device, channels_last)
         if stream is not None:
             current = torch.cuda.current_stream(device)
             current.wait_stream(stream)
             for tensor in batch:
                 # keep the allocator from giving this memory to the next copy before this step has used it
                 tensor.record_stream(current)
-        yield batch
+        yield *batch, tuple(about[0]) if about else ()
+
+
+def _loaded(loader: Iterable) -> Iterator[Any]:
+    """The batches of a loader.
+
+    Raises:
+        LoaderFailed: its processes ended, hang, or lack shared memory or open files.
+    """
+    try:
+        yield from loader
+    except UnreadableImage:
+        raise
+    except (RuntimeError, OSError) as error:
+        text = " ".join(str(error).split())
+        remedy = next((remedy for words, remedy in _LOADER_FAULTS.items() if words in text), None)
+        if remedy is None:
+            raise
+        for worker in multiprocessing.active_children():
+            # one that hangs would be waited for when this process ends
+            worker.kill()
+        raise LoaderFailed(f"loading images failed ({text[:200]}); {remedy}. The same command continues") from None
+
+
+# part of an error of torch's loader -> what to do
+_LOADER_FAULTS = {
+    "DataLoader timed out": "a loader process hangs: look at the disk of the data, or raise --timeout",
+    "shared memory": "lower --num_workers or --batch_size, or give /dev/shm more memory",
+    "No space left on device": "lower --num_workers or --batch_size, or give /dev/shm more memory",
+    "torch_": "lower --num_workers or --batch_size, or give /dev/shm more memory",
+    "Too many open files": "raise the limit (ulimit -n), or lower --num_workers",
+    "DataLoader worker": "a loader process was killed, often for lack of memory: lower --num_workers",
+}
 
 
 def _to_device(batch: Any, device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor]:
@@ -222,18 +321,25 @@ def _to_device(batch: Any, device: torch.device, channels_last: bool) -> tuple[T
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader, *, args: argparse.Namespace, device: torch.device, title: str = ""
-) -> dict[str, float]:
+    model: nn.Module,
+    loader: DataLoader,
+    *,
+    args: argparse.Namespace,
+    device: torch.device,
+    title: str = "",
+    stops: Callable[[], bool] | None = None,
+) -> dict[str, float] | None:
     """Top-1 and top-5 accuracy and cross-entropy; prints `* Acc@1 A Acc@5 B loss L`.
 
     Args:
         model: without DistributedDataParallel, since processes may have different numbers of batches.
         loader: batches of images [B, 3, H, W] and classes [B].
         title: printed before the line.
+        stops: whether this process was asked to stop; None: no process ever is.
 
     Returns:
-        `acc1` and `acc5` in percent (with fewer than 5 classes, top that many), `loss`, and the integers `correct1`,
-        `correct5` and `count`.
+        None if any process was asked to stop. Otherwise `acc1` and `acc5` in percent (with fewer than 5
+        classes, top that many), `loss`, and the integers `correct1`, `correct5` and `count`.
 
     Raises:
         UnreadableImage: some images to evaluate could not be read.
@@ -242,7 +348,7 @@ def evaluate(
     images_seen = 0
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
-    for images, targets in _on_device(loader, device, args.channels_last):
+    for images, targets, _ in _on_device(loader, device, args.channels_last):
         with autocast(args, device):
             logits = model(images)
         logits = logits.float()
@@ -250,6 +356,10 @@ def evaluate(
         counts += torch.stack([top[:, 0].sum(), top.sum()])
         images_seen += len(targets)
         loss_sum += torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        if stops is not None and stops():
+            break
+    if stops is not None and reduce_sum(torch.tensor([float(stops())], device=device)).item():
+        return None
     counts = torch.cat([counts, counts.new_tensor([images_seen])])
     if args.dist_eval:
         reduce_sum(counts)

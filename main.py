@@ -8,21 +8,34 @@ A mistake in the options, the data or a checkpoint ends the run with one line an
 """
 
 import argparse
+import os
 import sys
-import time
 from collections.abc import Container
 from typing import Any
 
 from command_line import make_parser, merged_options, parse_words
 from models.config import ConfigError
-from option_checks import check_data, check_weights, mixes
-from startup import before_torch
+from option_checks import check_data, check_weights
+from run_lock import RunLock, is_first
+from startup import before_torch, end_with_launcher
+from stopping import Stopped, StopSignals
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run with the options of `argv` (None: the command line); returns the exit code."""
     # must come before torch is loaded, and reading the options of methods loads it
     before_torch()
+    end_with_launcher()
+    try:
+        with StopSignals() as signals:
+            return _main(argv, signals)
+    except Stopped as stopped:
+        if is_first():
+            print(stopped, file=sys.stderr, flush=True)
+        return stopped.code
+
+
+def _main(argv: list[str] | None, signals: StopSignals) -> int:
     try:
         asked = parse_words(make_parser(), argv)
         args, given = merged_options(asked)
@@ -34,15 +47,25 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch.distributed as dist
 
-    from engine import NonFiniteLoss
+    from engine import LoaderFailed, NonFiniteLoss
     from loading.images import UnreadableImage
+    from utils import lost_processes
 
     try:
-        run(args, given, asked)
+        with RunLock(None if args.eval else args.output_dir) as lock:
+            if os.path.isdir(args.output_dir):
+                # before anything slow is done
+                lock.take()
+            run(args, given, asked, lock, signals)
     except ConfigError as error:
         return fail(error)
-    except (NonFiniteLoss, UnreadableImage) as error:
+    except (NonFiniteLoss, UnreadableImage, LoaderFailed) as error:
         return fail(error, code=1)
+    except RuntimeError as error:
+        lost = lost_processes(error)
+        if lost is None:
+            raise
+        return fail(lost, code=1)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
@@ -103,13 +126,21 @@ def report(args: argparse.Namespace, given: dict[str, Any], asked: Container[str
     return 0
 
 
-def run(args: argparse.Namespace, given: dict[str, Any], asked: Container[str] = ()) -> list[dict[str, Any]]:
+def run(
+    args: argparse.Namespace,
+    given: dict[str, Any],
+    asked: Container[str] = (),
+    lock: RunLock | None = None,
+    signals: StopSignals | None = None,
+) -> list[dict[str, Any]]:
     """Train or evaluate a model.
 
     Args:
         args: all options.
         given: those of them that the command line, the config or the recipe gave.
         asked: names of those on the command line itself.
+        lock: of the output folder, for training.
+        signals: asked between two updates whether to stop.
 
     Returns:
         With --eval: what `engine.evaluate` returned for the weights, and then for the averaged weights where they are
@@ -117,18 +148,17 @@ def run(args: argparse.Namespace, given: dict[str, Any], asked: Container[str] =
 
     Raises:
         ConfigError: options, data or checkpoint do not fit each other.
+        NonFiniteLoss, UnreadableImage, LoaderFailed, Stopped: see `training.Trainer.train`.
     """
     import torch
-    from timm.data import Mixup
-    from timm.loss import SoftTargetCrossEntropy
-    from timm.utils import ModelEmaV3
 
     import checkpoints
     import utils
     from datasets import make_loaders
-    from engine import amp_dtype, evaluate, train_one_epoch
-    from models import build_model, get_temperature, set_temperature, temperature_range
-    from optim_factory import Schedule, create_optimizer
+    from elastic import divide_update
+    from engine import evaluate
+    from models import build_model, set_temperature, temperature_range
+    from training import Trainer
     from utils import log
 
     # distributed
@@ -138,10 +168,22 @@ def run(args: argparse.Namespace, given: dict[str, Any], asked: Container[str] =
         raise ConfigError("--amp_dtype float16 needs a GPU; take bfloat16 or auto")
     torch.backends.cudnn.benchmark = True
     output = utils.make_folder(args.output_dir) if args.output_dir else None
+    if output is not None and not args.eval:
+        (lock or RunLock(output)).take()
+
+    # what the run continues
+    checkpoint, path = checkpoints.find(args, output)
+    asked_for = {name: getattr(args, name) for name in ("batch_size", "update_freq", "lr", "min_lr")}
+    if checkpoint is not None:
+        checkpoints.compare(checkpoint, path, args, given)
+    if not args.eval:
+        images_per_update = divide_update(args, checkpoint, process.world)
 
     # data
     loaders = make_loaders(args, given, process)
     args.nb_classes, args.classes = loaders.nb_classes, loaders.classes
+    if checkpoint is not None:
+        checkpoints.check_classes(checkpoint, path, loaders.classes)
 
     # model: every process makes the same initial weights, and later gets a random stream of its own
     utils.set_seed(args.seed)
@@ -165,9 +207,6 @@ def run(args: argparse.Namespace, given: dict[str, Any], asked: Container[str] =
     log(f"{args.model}: {size}, on {process.world} x {device}")
 
     # evaluate
-    checkpoint, path = checkpoints.find(args, output)
-    if checkpoint is not None:
-        checkpoints.check_classes(checkpoint, path, loaders.classes)
     if args.eval:
         if checkpoint is None and not (args.finetune or args.init_static):
             raise ConfigError("--eval needs a checkpoint: give --resume, or the --output_dir of a run")
@@ -183,100 +222,11 @@ def run(args: argparse.Namespace, given: dict[str, Any], asked: Container[str] =
             results.append(evaluate(model, loaders.evaluation, args=args, device=device, title="EMA "))
         return [{**result, "parameters": parameters} for result in results]
 
-    # optimizer
-    steps = len(loaders.train) // args.update_freq
-    optimizer = create_optimizer(args, model)
-    schedule = Schedule(args, steps)
-    scaled = args.use_amp and device.type == "cuda" and amp_dtype(args, device) == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
-    mixup, criterion = None, torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
-    if mixes(args):
-        mixup = Mixup(
-            mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
-            num_classes=loaders.nb_classes,
-        )  # fmt: skip
-        criterion = SoftTargetCrossEntropy()
-    batch = args.batch_size * args.update_freq * process.world
-    log(
-        f"{args.batch_size} x {args.update_freq} x {process.world} = {batch} images an update, {steps} updates an epoch"
-    )
-    if schedule.warmup >= schedule.total:
-        log(f"note: the warm-up of {schedule.warmup} updates is as long as the run of {schedule.total}")
-
-    # resume
-    ema = None
-    if args.model_ema:
-        ema_device = torch.device("cpu") if args.model_ema_force_cpu else device
-        ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device)
-    utils.set_seed(args.seed + process.rank)
-    start_epoch, best = args.start_epoch, {"acc1": None, "acc1_ema": None}
-    if checkpoint is not None:
-        start_epoch, best = checkpoints.restore(checkpoint, path, model, ema, optimizer, scaler, args, process)
-    if output is not None and process.is_main:
-        checkpoints.remove_stale_files(output)
-    if output is not None and args.save_ckpt:
-        checkpoints.set_aside(output, start_epoch, fresh=checkpoint is None)
-    run_log = utils.RunLog(args, start_epoch)
-    if args.compile:
-        # compile in place, which changes neither the keys of the state dict nor the EMA's copy of the model
-        model.compile()
-    net = model
-    if process.world > 1:
-        net = utils.in_parallel(model, device)
-
     # train
-    started = time.perf_counter()
-    for epoch in range(start_epoch, args.epochs):
-        loaders.set_epoch(epoch)
-        trained = train_one_epoch(
-            net, loaders.train, optimizer, schedule, criterion, args=args, epoch=epoch, process=process, scaler=scaler,
-            mixup=mixup, ema=ema, run_log=run_log,
-        )  # fmt: skip
-        temperature = get_temperature(model)
-        utils.synchronise_buffers(*[model] + ([ema.module] if ema is not None else []))
-        if ema is not None:
-            set_temperature(ema.module, temperature)
-
-        metrics = {"epoch": epoch, **{f"train_{name}": value for name, value in trained.items()}}
-        improved = []
-        evaluated = {"acc1": model, "acc1_ema": ema.module if ema is not None and args.model_ema_eval else None}
-        for name, module in evaluated.items():
-            if module is None or loaders.evaluation is None:
-                continue
-            suffix = name.removeprefix("acc1")
-            where = next(module.parameters()).device
-            result = evaluate(module, loaders.evaluation, args=args, device=where, title="EMA " if suffix else "")
-            metrics |= {f"test_{key}{suffix}": result[key] for key in ("loss", "acc1", "acc5")}
-            if best[name] is None or result["acc1"] > best[name]:
-                best[name] = result["acc1"]
-                improved.append(name)
-        metrics |= {f"best_{name}": value for name, value in best.items() if value is not None}
-        run_log.epoch((epoch + 1) * steps, {**metrics, "n_parameters": parameters})
-
-        if output is not None and args.save_ckpt:
-            state = checkpoints.training_state(model, ema, optimizer, scaler, epoch, best, temperature, args, process)
-            if (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs:
-                target = output / f"checkpoint-{epoch}.pth"
-                if checkpoints.save_checkpoint(target, state):
-                    checkpoints.prune_checkpoints(output, epoch, args.save_ckpt_num)
-                    run_log.checkpoint(target)
-            if "acc1" in improved:
-                checkpoints.save_checkpoint(output / "checkpoint-best.pth", state)
-            if "acc1_ema" in improved:
-                checkpoints.save_checkpoint(output / "checkpoint-best-ema.pth", checkpoints.ema_state(state))
-
-    # report
-    run_log.close()
-    log(f"trained {max(0, args.epochs - start_epoch)} epochs in {time.perf_counter() - started:.0f} s")
-    for name, value in best.items():
-        if value is not None:
-            log(f"best {name}: {value:.3f}")
-    if output is not None and process.is_main and (output / "log.txt").is_file():
-        try:
-            utils.plot_curves(output / "log.txt", output / "curves.png")
-        except ImportError:
-            log("curves.png was not drawn: matplotlib is not installed")
+    folder = checkpoints.RunFolder(output, args.save_ckpt_num) if output is not None else None
+    trainer = Trainer(args, process, loaders, model, folder, signals or StopSignals(), images_per_update, asked_for)
+    trainer.prepare(checkpoint, path)
+    trainer.train()
     return []
 
 

@@ -1,6 +1,13 @@
-"""Settings of the process that take effect only if they are made before torch is loaded."""
+"""Settings of the process that are made first, some of them because they must come before torch is loaded."""
 
+import contextlib
+import ctypes
 import os
+import signal
+import sys
+
+# of prctl(2), which is Linux's
+_PR_SET_PDEATHSIG = 1
 
 
 def before_torch() -> None:
@@ -18,3 +25,18 @@ def before_torch() -> None:
         os.environ["GOMP_SPINCOUNT"] = "10000"
     # otherwise the profiler prints a line at every start and stop
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def end_with_launcher() -> None:
+    """End this process when torchrun, which started it, dies: it would train on, and nobody would know.
+
+    Processes that nobody restarts would also keep the next run out of the output folder.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    launcher = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:
+        # it died before the request
+        os.kill(os.getpid(), signal.SIGKILL)

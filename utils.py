@@ -1,13 +1,12 @@
-"""Start of distributed processes, logs and the progress line."""
+"""Start of distributed processes, files that are replaced as a whole, and the progress line."""
 
 import argparse
 import contextlib
-import json
+import datetime
 import os
 import random
 import re
 import resource
-import shutil
 import sys
 import tempfile
 import time
@@ -146,6 +145,7 @@ def start_processes(args: argparse.Namespace) -> Process:
             rank=rank,
             world_size=world,
             device_id=device if on_gpu else None,
+            timeout=datetime.timedelta(seconds=args.timeout),
         )
     return Process(rank, world, local_rank, local_world, device)
 
@@ -194,6 +194,41 @@ def gather(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_to_first(value: Any) -> list[Any] | None:
+    """`value` of every process, in order of rank, on the first process; None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, 0)
+    return values
+
+
+def share(value: Any) -> Any:
+    """The first process's `value`, on all processes."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+# words in the errors of gloo, NCCL and the store where the other processes meet
+_LOST = ("gloo", "NCCL", "ncclRemote", "onnection closed", "onnection reset", "TCPStore", "store->", "socket", "Broken pipe")
+
+
+def lost_processes(error: RuntimeError) -> str | None:
+    """What to say where an error means that other processes of the run ended or hang; None for another error."""
+    text = " ".join(str(error).split())
+    if not dist.is_initialized() or not any(word in text for word in _LOST):
+        return None
+    late = "imed out" in text or "imeout" in text
+    what = "did not answer in time (--timeout)" if late else "ended"
+    return (
+        f"process {dist.get_rank()} of {dist.get_world_size()}: another process of the run {what}; its own message tells "
+        f"why, and the same command continues from the last checkpoint ({text[:160]})"
+    )
 
 
 def make_folder(path: str) -> Path:
@@ -358,94 +393,7 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# --------------------------------------------------------------------------------------------------------- logs
-
-
-class RunLog:
-    """Metrics to `log.txt` (one JSON line per epoch), TensorBoard and Weights & Biases, on the first process.
-
-    `log.txt` holds no times, so that equal runs write equal files.
-
-    Args:
-        args: options `output_dir`, `log_dir`, `enable_wandb`, `project`, `wandb_ckpt`.
-        start_epoch: first epoch of this run; lines that an earlier attempt wrote for it and later epochs are dropped.
-
-    Raises:
-        ConfigError: the options name a logger that is not installed.
-    """
-
-    def __init__(self, args: argparse.Namespace, start_epoch: int) -> None:
-        self.path = Path(args.output_dir) / "log.txt" if args.output_dir and is_main_process() else None
-        self.tensorboard = self.wandb = None
-        self.upload = args.wandb_ckpt
-        if self.path is not None:
-            self._drop_lines_from(start_epoch)
-        if args.log_dir and is_main_process():
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise ConfigError("--log_dir needs tensorboardX: pip install tensorboardX, or leave it out") from None
-            self.tensorboard = SummaryWriter(logdir=args.log_dir)
-        if args.enable_wandb and is_main_process():
-            try:
-                import wandb
-            except ImportError:
-                raise ConfigError("--enable_wandb needs wandb: pip install wandb, or leave it out") from None
-            self.wandb = wandb.init(project=args.project, config=vars(args))
-
-    def _drop_lines_from(self, epoch: int) -> None:
-        if not self.path.is_file():
-            return
-        lines = self.path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if _epoch_of(line) in range(epoch)]
-        if len(kept) == len(lines):
-            return
-        # where no line is kept a new log begins, and the old one is kept under another name
-        if not kept:
-            shutil.copy2(self.path, self.path.with_name(f"log-{time.strftime('%Y%m%d-%H%M%S')}.txt"))
-        temporary = self.path.with_name(f".log.{os.getpid()}.tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.path)
-
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Log metrics during an epoch; `step` is the number of updates so far."""
-        if self.tensorboard is not None:
-            for name, value in metrics.items():
-                self.tensorboard.add_scalar(name, value, step)
-        if self.wandb is not None:
-            self.wandb.log(metrics, step=step)
-
-    def epoch(self, step: int, metrics: dict[str, float | None]) -> None:
-        """Log metrics of a whole epoch; `step` is the number of updates so far."""
-        self.step(step, {f"epoch/{name}": value for name, value in metrics.items() if value is not None})
-        if self.path is None:
-            return
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            print(f"warning: {self.path} was not written ({error.strerror})", file=sys.stderr, flush=True)
-
-    def checkpoint(self, path: Path) -> None:
-        """Upload a checkpoint to Weights & Biases, where `wandb_ckpt` is set."""
-        if self.wandb is not None and self.upload:
-            self.wandb.save(str(path))
-
-    def close(self) -> None:
-        """Finish the logs of TensorBoard and Weights & Biases."""
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        if self.wandb is not None:
-            self.wandb.finish()
-
-
-def _epoch_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["epoch"])
-    except (ValueError, KeyError, TypeError):
-        return -1
+# ----------------------------------------------------------------------------------------------------- progress
 
 
 class Progress:
@@ -456,10 +404,11 @@ class Progress:
         total: number of steps.
         images: images per step over all processes, for the speed.
         device: device whose greatest memory is shown.
+        begin: steps that an earlier run has done.
     """
 
-    def __init__(self, title: str, total: int, images: int, device: torch.device) -> None:
-        self.title, self.total, self.images, self.device = title, total, images, device
+    def __init__(self, title: str, total: int, images: int, device: torch.device, begin: int = 0) -> None:
+        self.title, self.total, self.images, self.device, self.begin = title, total, images, device, begin
         self.start = time.perf_counter()
         self.on_terminal = sys.stdout.isatty()
 
@@ -468,9 +417,10 @@ class Progress:
         if not is_main_process():
             return
         elapsed = time.perf_counter() - self.start
-        left = int(elapsed / done * (self.total - done))
+        ours = done - self.begin
+        left = int(elapsed / ours * (self.total - done))
         eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        line = f"{text}  {done * self.images / elapsed:.0f} images/s  eta {eta}{self._memory()}"
+        line = f"{text}  {ours * self.images / elapsed:.0f} images/s  eta {eta}{self._memory()}"
         if self.on_terminal:
             filled = 20 * done // self.total
             bar = "#" * filled + "-" * (20 - filled)
@@ -486,27 +436,3 @@ class Progress:
             # Linux counts in KiB
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         return f"  memory {peak:.0f} MiB"
-
-
-def plot_curves(log_path: Path, image_path: Path) -> None:
-    """Draw the losses and accuracies of a `log.txt` as a PNG.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = [json.loads(line) for line in log_path.read_text().splitlines() if line.strip()]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = {"loss": ("train_loss", "test_loss"), "top-1 accuracy (%)": ("train_acc1", "test_acc1", "test_acc1_ema")}
-    for axes, (label, names) in zip(figure.subplots(1, len(panels)), panels.items()):
-        for name in names:
-            points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
-            if points:
-                axes.plot(*zip(*points), label=name, marker="." if len(points) < 50 else None)
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(image_path, dpi=120)

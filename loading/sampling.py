@@ -9,21 +9,46 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from .images import UnreadableImage
+
+
+# images that are tried in the place of one that cannot be read
+TRIES = 10
+
 
 class SeededData(Dataset):
     """A data set indexed by (epoch, index).
 
     The random generators are seeded by (seed, epoch, index) while an image is loaded, and restored afterwards.
+
+    Args:
+        data: of (image, class).
+        seed: of the random choices.
+        replaces: whether another image, which (seed, epoch, index) choose, stands for one that cannot be read. An item
+            then is (image, class, why the image could not be read, or "").
     """
 
-    def __init__(self, data: Dataset, seed: int) -> None:
-        self.data, self.seed = data, seed
+    def __init__(self, data: Dataset, seed: int, replaces: bool = False) -> None:
+        self.data, self.seed, self.replaces = data, seed, replaces
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, position: tuple[int, int]) -> Any:
         epoch, index = position
+        if not self.replaces:
+            return self._load(epoch, index)
+        try:
+            return *self._load(epoch, index), ""
+        except UnreadableImage as error:
+            reason = str(error)
+        others = np.random.Generator(np.random.PCG64((self.seed, epoch, index))).integers(len(self), size=TRIES)
+        for other in others.tolist():
+            with contextlib.suppress(UnreadableImage):
+                return *self._load(epoch, other), reason
+        raise UnreadableImage(reason)
+
+    def _load(self, epoch: int, index: int) -> Any:
         with seeded((self.seed, epoch, index)):
             return self.data[index]
 
@@ -48,24 +73,32 @@ def seeded(position: tuple[int, ...]) -> Iterator[None]:
 class TrainSampler(Sampler):
     """A new permutation of the images every epoch, the same in all processes; each takes every `world`-th image of it.
 
-    Yields (epoch, index). The last images that do not fill all processes are left out.
+    Yields (epoch, index), from the image `consumed` of the permutation on. So the rest of an epoch is the same for any
+    number of processes. The last images that do not fill all processes are left out.
 
     Args:
         size: number of images.
         rank: index of this process.
         world: number of processes.
         seed: seed of the permutations.
+
+    Attributes:
+        epoch: the permutation to take.
+        consumed: images of it that all processes together have used up.
     """
 
     def __init__(self, size: int, rank: int, world: int, seed: int) -> None:
-        self.size, self.rank, self.world, self.seed, self.epoch = size, rank, world, seed, 0
+        self.size, self.rank, self.world, self.seed = size, rank, world, seed
+        self.epoch = self.consumed = 0
 
     def __len__(self) -> int:
+        """Images of a process in a whole epoch."""
         return self.size // self.world
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.random.Generator(np.random.PCG64((self.seed, self.epoch))).permutation(self.size)
-        for index in order[: len(self) * self.world][self.rank :: self.world]:
+        left = order[self.consumed :]
+        for index in left[: len(left) // self.world * self.world][self.rank :: self.world]:
             yield self.epoch, int(index)
 
 

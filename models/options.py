@@ -195,6 +195,9 @@ _OWN: dict[str, Option] = {
         decay_epochs=Option(int, 30, "epochs between two steps of the step schedule", low=1),
         decay_rate=Option(float, 0.1, "factor of the learning rate at a step of the step schedule", above=0, high=1),
         layer_decay=Option(float, 1.0, "factor of the learning rate for every stage before the output", above=0),
+        skip_nonfinite=Option(
+            int, 0, "updates that may be left out in an epoch, since their loss or gradient is not finite", low=0
+        ),
         warmup_epochs=Option(int, 20, "epochs of linear warm-up from 0", low=0),
         warmup_steps=Option(int, -1, "updates of linear warm-up; a value above 0 replaces warmup_epochs", low=-1),
     ),
@@ -243,6 +246,12 @@ _OWN: dict[str, Option] = {
         imagenet_default_mean_and_std=Option(
             bool, True, "normalise by ImageNet's mean and standard deviation; false: by 0.5 and 0.5"
         ),
+        bad_images=Option(
+            float,
+            0.001,
+            "share of the training images of an epoch that may be unreadable; each is named, and another one stands for it",
+            **_SHARE,
+        ),
         num_workers=Option(int, 10, "data-loading processes per training process, at most one per core", low=0),
         pin_mem=Option(bool, True, "load images into page-locked memory if the device is a GPU"),
     ),
@@ -264,7 +273,14 @@ _OWN: dict[str, Option] = {
         auto_resume=Option(bool, True, "continue from the newest good checkpoint of output_dir"),
         save_ckpt=Option(bool, True, "write checkpoints"),
         save_ckpt_freq=Option(int, 1, "epochs between checkpoints", low=1),
-        save_ckpt_num=Option(int, 3, "number of checkpoints to keep", low=1),
+        save_interval=Option(
+            str,
+            "10m",
+            "save within epochs, too: after so many updates (500) or minutes (10m); 0: never",
+            pattern=r"\d{1,9}m?",
+            hint="a number of updates such as 500, or of minutes such as 10m",
+        ),
+        save_ckpt_num=Option(int, 3, "number of checkpoints of whole epochs to keep; one means two", low=1),
         start_epoch=Option(int, 0, "first epoch", low=0),
     ),
     **_in_group(
@@ -293,6 +309,13 @@ _OWN: dict[str, Option] = {
         local_rank=Option(int, -1, "index of the process on its machine; the launcher sets it", low=-1),
         dist_on_itp=Option(bool, False, "read the rank and the world size from Open MPI's environment"),
         dist_url=Option(str, "env://", "URL at which the processes find each other"),
+        timeout=Option(
+            float,
+            600.0,
+            "seconds to wait for another process of the run, or for one that loads images, before the run ends",
+            above=0,
+            high=10**6,
+        ),
     ),
 }
 

@@ -1,0 +1,396 @@
+"""The checkpoints in the output folder of a run: names, the choice of one, and what is kept.
+
+`checkpoint-E.pth` was saved after epoch E and its evaluation, `checkpoint-E-U.pth` after U updates of epoch E. The first
+process reads and writes the folder, and all processes learn the outcome.
+"""
+
+import argparse
+import contextlib
+import math
+import re
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from models.config import ConfigError
+from utils import gather, is_main_process, log, share
+
+from .files import copy_checkpoint, read, write_checkpoint
+from .manifest import NAME as MANIFEST
+from .manifest import Manifest, sha256_of
+from .state import position_of
+from .weights import ema_state
+
+# written when the accuracy of the weights, or of the averaged weights, is the best so far
+BEST = {"acc1": "checkpoint-best.pth", "acc1_ema": "checkpoint-best-ema.pth"}
+# a damaged newest checkpoint costs no more than the work since the one before
+AT_LEAST = 2
+# (epoch, updates of it that are done); infinite for a whole epoch with its evaluation
+Position = tuple[int, float]
+
+
+def file_name(epoch: int, update: int | None = None) -> str:
+    """The name of a checkpoint: of a whole epoch, or of one in which `update` updates are done."""
+    return f"checkpoint-{epoch}.pth" if update is None else f"checkpoint-{epoch}-{update}.pth"
+
+
+def numbered_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(epoch, path) of the checkpoints of whole epochs, oldest first, by name. The epoch is a number: 10 is after 9."""
+    return [(int(epoch), path) for (epoch, update), path in _named(folder) if update == math.inf]
+
+
+def _named(folder: Path) -> list[tuple[Position, Path]]:
+    """(position, path) of all checkpoints but the best ones, by name, oldest first."""
+    found = []
+    for path in folder.glob("checkpoint-*.pth"):
+        match = re.fullmatch(r"checkpoint-(\d{1,18})(?:-(\d{1,18}))?\.pth", path.name)
+        if match:
+            found.append(((int(match[1]), int(match[2]) if match[2] else math.inf), path))
+    return sorted(found)
+
+
+def remove_stale_files(folder: Path) -> None:
+    """Remove the temporary files that killed processes left behind."""
+    for pattern in (".checkpoint*.tmp", ".manifest*.tmp", ".log*.tmp", ".steps*.tmp", ".curves*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def newest(candidates: Iterable[Path], folder: str | Path, instead: str) -> Path | None:
+    """The first good one of some checkpoints, or None where there are none; logs those that are bad.
+
+    Args:
+        candidates: paths, the preferred one first.
+        folder: their folder, for the error message.
+        instead: how to start a new run, for the error message.
+
+    Raises:
+        ConfigError: there are checkpoints, and none is good.
+    """
+    candidates = list(candidates)
+    for path in candidates:
+        try:
+            read(path)
+        except ConfigError as error:
+            log(f"passing over a bad checkpoint: {error}")
+            continue
+        return path
+    if candidates:
+        raise ConfigError(
+            f"{folder}: none of its {len(candidates)} checkpoints can be read; restore one, or start anew with "
+            f"{instead}"
+        )
+    return None
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The good checkpoint of a folder that has come farthest, or None where there is none at all.
+
+    What counts is the position that a checkpoint holds, not its name, its time or that of another file. Bad ones and
+    those of another run are logged and skipped. All processes get the same answer.
+
+    Raises:
+        ConfigError: there are checkpoints, and none is good. Starting again from epoch 0 would lose the run.
+    """
+
+    def choose() -> Path | None:
+        return newest(_by_position(folder), folder, "another --output_dir or with --auto_resume false")
+
+    return _on_first_process(choose)
+
+
+def _on_first_process(choose: Callable[[], Any]) -> Any:
+    """What a function returns or raises on the first process, on all of them."""
+    answer, reason = None, None
+    if is_main_process():
+        try:
+            answer = choose()
+        except ConfigError as error:
+            reason = str(error)
+    answer, reason = share((answer, reason))
+    if reason:
+        raise ConfigError(reason)
+    return answer
+
+
+def _by_position(folder: Path) -> list[Path]:
+    """The checkpoints of a folder: bad ones, then the one that has come farthest, last those that tell no position."""
+    manifest = Manifest(folder)
+    if manifest.damaged:
+        log(f"note: {manifest.path} is damaged: the files are verified by their own checksums alone")
+    known: list[tuple[Position, Position, Path]] = []
+    unknown: list[Path] = []
+    bad: list[Path] = []
+    for by_name, path in _named(folder):
+        entry = manifest.files.get(path.name)
+        position = _listed(entry) if entry is not None else None
+        if position is None:
+            # the process died before it was listed, or an earlier version of this project wrote it
+            content = _content(path)
+            if content is None:
+                bad.append(path)
+                continue
+            own = content.get("run")
+            if own is not None and manifest.run is not None and own != manifest.run:
+                log(f"passing over {path}: it is of another run than {MANIFEST} beside it")
+                continue
+            position = position_of(content)
+        if position is None:
+            unknown.append(path)
+        else:
+            known.append((position, by_name, path))
+    best = [folder / name for name in BEST.values() if name == BEST["acc1"] and (folder / name).is_file()]
+    return bad[::-1] + [path for *_, path in sorted(known, reverse=True)] + unknown[::-1] + best
+
+
+def _listed(entry: dict[str, Any]) -> Position:
+    return entry["epoch"], math.inf if entry["update"] is None else entry["update"]
+
+
+def _content(path: Path) -> dict[str, Any] | None:
+    """The content of a checkpoint; None if it is bad."""
+    with contextlib.suppress(ConfigError):
+        return read(path)
+    return None
+
+
+def find(args: argparse.Namespace, output: Path | None) -> tuple[dict[str, Any] | None, str | Path | None]:
+    """The checkpoint to resume or to evaluate, and its path; (None, None) where there is none.
+
+    It is that of --resume, else the newest good one of the output folder.
+
+    Raises:
+        ConfigError: it cannot be read, or the processes do not all see the same file.
+    """
+    path = args.resume or None
+    starts = args.eval and (args.finetune or args.init_static)
+    if path is None and args.auto_resume and output is not None and not starts:
+        path = newest_checkpoint(output)
+    if path is None:
+        return None, None
+    log(f"{'evaluating' if args.eval else 'resuming from'} {path}")
+    _same_everywhere(path)
+    return read(path), path
+
+
+def _same_everywhere(path: str | Path) -> None:
+    """Refuse a checkpoint that is another file, or none, for some of the processes."""
+    if not dist.is_initialized() or "://" in str(path):
+        return
+    digests = gather(sha256_of(Path(path)) if Path(path).is_file() else None)
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise ConfigError(
+            f"{path}: process {different[0]} sees another file than process 0, or none; the folder must be shared by "
+            "all machines"
+        )
+
+
+class RunFolder:
+    """The output folder of the run that writes it.
+
+    Args:
+        path: the folder.
+        keep: number of checkpoints of whole epochs to keep; at least `AT_LEAST` checkpoints are kept.
+
+    Attributes:
+        run: identity of the run.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path, self.keep = path, max(keep, AT_LEAST)
+        self.run = ""
+        self._manifest = Manifest(path)
+        # best checkpoints that could not be written yet
+        self._pending: dict[str, dict[str, Any]] = {}
+
+    def begin(self, checkpoint: dict[str, Any] | None, path: str | Path | None) -> None:
+        """Take over the folder: clean it up, and keep what this run does not continue apart.
+
+        Args:
+            checkpoint: content of the checkpoint that the run continues from; None: it starts anew.
+            path: its path.
+        """
+        own = checkpoint is not None and Path(str(path)).resolve().parent == self.path.resolve()
+        known = checkpoint.get("run") if own else None
+        if is_main_process():
+            remove_stale_files(self.path)
+            self._set_aside(position_of(checkpoint), fresh=not own)
+            self._manifest.run = known if isinstance(known, str) else uuid.uuid4().hex
+            self._manifest.files = {n: e for n, e in self._manifest.files.items() if (self.path / n).is_file()}
+            self._try(MANIFEST, self._manifest.write)
+            if own:
+                self._repair_best(checkpoint)
+        self.run = share(self._manifest.run)
+
+    def _set_aside(self, position: Position | None, fresh: bool) -> None:
+        """Move the files of a run that this one does not continue into a subfolder.
+
+        Otherwise the next start would continue from the other run, where that one has come farther.
+        """
+        later = [path for by_name, path in _named(self.path) if fresh or self._position(path, by_name) > position]
+        best = [self.path / name for name in BEST.values() if (self.path / name).is_file()]
+        later += [path for path in best if fresh or self._position(path, (0, 0)) > position]
+        count = len(later)
+        if fresh:
+            names = ("log.txt", "steps.jsonl", "curves.png", MANIFEST)
+            later += [self.path / name for name in names if (self.path / name).is_file()]
+        if not [path for path in later if path.name != MANIFEST]:
+            return
+        aside = _new_folder(self.path, f"earlier-{time.strftime('%Y%m%d-%H%M%S')}")
+        for path in later:
+            path.rename(aside / path.name)
+        if fresh:
+            self._manifest = Manifest(self.path)
+        what = f"{count} checkpoints" if count else "the logs"
+        log(f"{what} of an earlier run, which this one does not continue, were moved to {aside}")
+
+    def _position(self, path: Path, otherwise: Position) -> Position:
+        entry = self._manifest.files.get(path.name)
+        return _listed(entry) if entry is not None else position_of(_content(path)) or otherwise
+
+    def save(self, state: dict[str, Any], epoch: int, update: int | None = None, best: Iterable[str] = ()) -> bool:
+        """Save a checkpoint, and the best ones; delete old ones only after that.
+
+        A failure prints a warning, and the run continues with the older files intact. A best checkpoint that could not
+        be written is tried again at every later save.
+
+        Args:
+            state: of `training_state`; other processes than the first may give any value.
+            epoch, update: position of the state; update None: the epoch is whole.
+            best: those of `BEST` for which this state is the best so far.
+
+        Returns:
+            Whether the checkpoint was saved, on all processes.
+        """
+        saved = False
+        if is_main_process():
+            name = file_name(epoch, update)
+            saved = self._write(name, lambda path: write_checkpoint(path, state), epoch, update)
+            for which in best:
+                self._pending[which] = _copied(state) if not saved else state
+            self._write_pending(name if saved else None, set(best))
+            if saved:
+                self._prune()
+        return share(saved)
+
+    def save_best(self, state: dict[str, Any], best: Iterable[str]) -> None:
+        """Save best checkpoints of a state that is not saved otherwise."""
+        if is_main_process():
+            self._pending |= dict.fromkeys(best, state)
+            self._write_pending(None, set())
+            self._pending = {which: _copied(state) for which, state in self._pending.items()}
+
+    def _write(self, name: str, write: Callable[[Path], str], epoch: int, update: int | None) -> bool:
+        path = self.path / name
+        digest = self._try(name, lambda: write(path))
+        # the write has removed the file's old entry
+        self._manifest.files.pop(name, None)
+        if digest is None:
+            return False
+        self._manifest.files[name] = {
+            "sha256": digest, "bytes": path.stat().st_size, "epoch": epoch, "update": update
+        }  # fmt: skip
+        self._try(MANIFEST, self._manifest.write)
+        return True
+
+    def _write_pending(self, saved: str | None, same: set[str]) -> None:
+        """Write best checkpoints; those of `same` are of the state in the file `saved`."""
+        for which, state in list(self._pending.items()):
+            if which == "acc1" and saved and which in same:
+                digest = self._manifest.files[saved]["sha256"]
+                write = _copier(self.path / saved, digest)
+            else:
+                content = ema_state(state) if which == "acc1_ema" and "model_ema" in state else state
+                write = _writer(content)
+            if self._write(BEST[which], write, state["epoch"], None):
+                del self._pending[which]
+            elif which in same and saved:
+                self._pending[which] = _copied(state)
+
+    def _repair_best(self, checkpoint: dict[str, Any]) -> None:
+        """Write best checkpoints that a crash kept from being written, where a checkpoint with the weights is there."""
+        for which, epoch in (checkpoint.get("best_epoch") or {}).items():
+            if which not in BEST or type(epoch) is not int:
+                continue
+            path = self.path / BEST[which]
+            content = _content(path) if path.is_file() else None
+            if content is not None and content.get("epoch") == epoch:
+                continue
+            source = _content(self.path / file_name(epoch))
+            if source is None:
+                log(f"warning: {path} is not that of epoch {epoch}, the best so far, which is not there any more")
+                continue
+            state = ema_state(source) if which == "acc1_ema" else source
+            if self._write(BEST[which], _writer(state), epoch, None):
+                log(f"{path} was written again, from {file_name(epoch)}")
+
+    def _prune(self) -> None:
+        """Delete checkpoints that are not needed any more."""
+        listed = [(_listed(entry), name) for name, entry in self._manifest.files.items() if name not in BEST.values()]
+        listed.sort()
+        whole = [entry for entry in listed if entry[0][1] == math.inf]
+        kept = set(whole[-self.keep :])
+        # within an epoch: what is newer than its last whole one, and as many older ones as make two
+        kept |= set([entry for entry in listed if not whole or entry[0] > whole[-1][0]][-AT_LEAST:])
+        for entry in reversed(listed):
+            if len(kept) >= AT_LEAST:
+                break
+            kept.add(entry)
+        old = [name for position, name in listed if (position, name) not in kept]
+        for name in old:
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink(missing_ok=True)
+                del self._manifest.files[name]
+        if old:
+            self._try(MANIFEST, self._manifest.write)
+
+    def _try(self, name: str, write: Callable[[], Any]) -> Any:
+        """What a function returns that writes a file; None, after a warning, where it fails."""
+        try:
+            return write()
+        except Exception as error:
+            # zipfile, torch and the operating system raise exceptions of many types, and a run must outlive them
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(
+                f"warning: {self.path / name} was not saved ({reason}); older checkpoints are intact",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            return None
+
+
+def _writer(state: dict[str, Any]) -> Callable[[Path], str]:
+    return lambda path: write_checkpoint(path, state)
+
+
+def _copier(source: Path, digest: str) -> Callable[[Path], str]:
+    def copy(path: Path) -> str:
+        copy_checkpoint(source, path, digest)
+        return digest
+
+    return copy
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a state that later updates do not change, in the CPU's memory."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(entry) for key, entry in value.items()}
+    return [_copied(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """A folder that did not exist, with a number after its name where that is needed."""
+    for number in range(1, 1000):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise ConfigError(f"{parent}: has too many folders {name}; remove some")

@@ -1,0 +1,251 @@
+"""The logs of a run: JSON lines, which are its record, and TensorBoard, Weights & Biases and curves beside them."""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from models.config import ConfigError
+from utils import is_main_process, replace_file
+
+# seconds between two writes of TensorBoard's file
+FLUSH = 30
+
+
+class JsonLines:
+    """A file of JSON lines that holds each row once, whole, whatever interrupts a run.
+
+    Rows that could not be written, on a full disk, are written with a later one.
+
+    Args:
+        path: the file.
+        keeps: which rows of an earlier attempt are kept; the others, and torn lines, are dropped.
+        durable: wait after every row until it is on the disk.
+    """
+
+    def __init__(self, path: Path, keeps: Callable[[dict[str, Any]], bool], durable: bool) -> None:
+        self.path, self.durable = path, durable
+        self._unwritten: list[str] = []
+        self._warned = False
+        if path.is_file():
+            self._drop(keeps)
+
+    def _drop(self, keeps: Callable[[dict[str, Any]], bool]) -> None:
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and (row := _row(line)) is not None and keeps(row)]
+        if len(kept) == len(lines):
+            return
+        try:
+            # where no line is kept a new log begins, and the old one is kept under another name
+            if not kept:
+                dated = f"{self.path.stem}-{time.strftime('%Y%m%d-%H%M%S')}{self.path.suffix}"
+                shutil.copy2(self.path, self.path.with_name(dated))
+            replace_file(self.path, lambda file: file.writelines(kept))
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be written: {error.strerror}; make room") from None
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row. A failure prints a warning, once, and the row waits for the next one."""
+        self._unwritten.append(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "ab") as file:
+                size = file.seek(0, os.SEEK_END)
+                try:
+                    file.write("".join(self._unwritten).encode())
+                    file.flush()
+                    if self.durable:
+                        os.fsync(file.fileno())
+                except OSError:
+                    # no half of a row stays
+                    with contextlib.suppress(OSError):
+                        os.truncate(self.path, size)
+                    raise
+        except OSError as error:
+            if not self._warned:
+                print(f"warning: {self.path} was not written ({error.strerror})", file=sys.stderr, flush=True)
+            self._warned = True
+            return
+        self._unwritten, self._warned = [], False
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A row of JSON; None for a torn one."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, written by this process itself; the first failure turns it off with a warning.
+
+    tensorboardX's `SummaryWriter` writes in a thread of its own, and waits for ever where its disk is full.
+
+    Args:
+        folder: where the file is made.
+        step: steps from here on, which an earlier attempt may have written, are hidden.
+
+    Raises:
+        ConfigError: tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: str, step: int) -> None:
+        try:
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.summary import scalar
+        except ImportError:
+            raise ConfigError("--log_dir needs tensorboardX: pip install tensorboardX, or leave it out") from None
+        self._event, self._scalar, self._writer, self._folder = Event, scalar, None, folder
+        self._flushed = time.monotonic()
+
+        def begin() -> None:
+            os.makedirs(folder, exist_ok=True)
+            # the file's name has its second, in which another run may have started
+            self._writer = EventsWriter(os.path.join(folder, "events"), f".{os.getpid()}.{time.monotonic_ns()}")
+            session = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(step=step, wall_time=time.time(), session_log=session))
+            self._writer.flush()
+
+        self._try(begin)
+
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Write metrics; `step` is the number of updates so far."""
+
+        def write() -> None:
+            for name, value in metrics.items():
+                event = self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value))
+                self._writer.write_event(event)
+            if time.monotonic() - self._flushed > FLUSH:
+                self._writer.flush()
+                self._flushed = time.monotonic()
+
+        if self._writer is not None:
+            self._try(write)
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            self._try(self._writer.close)
+            self._writer = None
+
+    def _try(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except OSError as error:
+            print(
+                f"warning: TensorBoard's log in {self._folder} ends here ({error.strerror}); the run goes on",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                # what could not be written stays in the file's buffer, and closing tries once more
+                with contextlib.suppress(OSError):
+                    writer.close()
+
+
+class RunLog:
+    """Metrics of a run, on the first process.
+
+    `log.txt` has a JSON line per epoch, `steps.jsonl` one per logged step. They hold no times, so that equal runs write
+    equal files.
+
+    Args:
+        args: options `output_dir`, `log_dir`, `enable_wandb`, `project`, `wandb_ckpt`.
+        start_epoch: first epoch of this run; lines that an earlier attempt wrote for it and later epochs are dropped.
+        start_step: updates that are done; lines of an earlier attempt beyond them are dropped.
+
+    Raises:
+        ConfigError: the options name a logger that is not installed; the disk is full.
+    """
+
+    def __init__(self, args: argparse.Namespace, start_epoch: int, start_step: int) -> None:
+        self.epochs = self.steps = self.tensorboard = self.wandb = None
+        self.upload = args.wandb_ckpt
+        if not is_main_process():
+            return
+        if args.output_dir:
+            folder = Path(args.output_dir)
+            self.epochs = JsonLines(
+                folder / "log.txt", lambda row: _number(row, "epoch") in range(start_epoch), durable=True
+            )
+            self.steps = JsonLines(
+                folder / "steps.jsonl", lambda row: _number(row, "step") in range(start_step + 1), durable=False
+            )
+        if args.log_dir:
+            self.tensorboard = TensorBoard(args.log_dir, start_step + 1)
+        if args.enable_wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ConfigError("--enable_wandb needs wandb: pip install wandb, or leave it out") from None
+            self.wandb = wandb.init(project=args.project, config=vars(args))
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Log metrics during an epoch; `step` is the number of updates so far."""
+        if self.steps is not None:
+            self.steps.add({"step": step, **{name.removeprefix("train/"): value for name, value in metrics.items()}})
+        self._show(step, metrics)
+
+    def epoch(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Log metrics of a whole epoch; `step` is the number of updates so far."""
+        if self.epochs is not None:
+            self.epochs.add(metrics)
+        self._show(step, {f"epoch/{name}": value for name, value in metrics.items() if value is not None})
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.add(step, metrics)
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=step)
+
+    def checkpoint(self, path: Path) -> None:
+        """Upload a checkpoint to Weights & Biases, where `wandb_ckpt` is set."""
+        if self.wandb is not None and self.upload:
+            self.wandb.save(str(path))
+
+    def close(self) -> None:
+        """Finish the logs of TensorBoard and Weights & Biases."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _number(row: dict[str, Any], name: str) -> int:
+    value = row.get(name)
+    return value if type(value) is int else -1
+
+
+def plot_curves(log_path: Path, image_path: Path) -> None:
+    """Draw the losses and accuracies of a `log.txt` as a PNG. Lines that are torn are left out.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the image cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = (_row(line) for line in log_path.read_bytes().splitlines())
+    rows = [row for row in found if row is not None and _number(row, "epoch") >= 0]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = {"loss": ("train_loss", "test_loss"), "top-1 accuracy (%)": ("train_acc1", "test_acc1", "test_acc1_ema")}
+    for axes, (label, names) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for name in names:
+            points = [(row["epoch"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
+            if points:
+                axes.plot(*zip(*points), label=name, marker="." if len(points) < 50 else None)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    replace_file(image_path, lambda file: figure.savefig(file, format="png", dpi=120))
