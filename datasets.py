@@ -104,6 +104,9 @@ def make_loaders(args: argparse.Namespace, given: dict[str, Any], process: Proce
     workers = min(args.num_workers, max(1, cores() // process.local_world))
     if workers < args.num_workers and "num_workers" in given:
         log(f"num_workers {args.num_workers} reduced to {workers}, the cores of each process")
+    if isinstance(train_data, StreamData) and process.world > 1:
+        # timm's reader of TFDS divides the images by loader process; without any, all processes would get the same ones
+        workers = max(1, workers)
     common = {
         "batch_size": args.batch_size,
         "num_workers": workers,
@@ -112,9 +115,8 @@ def make_loaders(args: argparse.Namespace, given: dict[str, Any], process: Proce
     }
     loaders = Loaders(None, None, nb_classes, None if classes is None else list(map(str, classes)))
     if isinstance(train_data, StreamData):
-        train_data.reader.set_loader_cfg(workers)
-        train_data.rank = process.rank
-        loaders.train = DataLoader(train_data, drop_last=True, generator=_own_generator(args), **common)
+        generator = train_data.divide(process.rank, workers)
+        loaders.train = DataLoader(train_data, drop_last=True, generator=generator, **common)
     elif train_data is not None:
         sampler = TrainSampler(len(train_data), process.rank, process.world, args.seed)
         seeded = SeededData(train_data, args.seed)
