@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from loading.images import CIFAR_FILES, CIFARData, DigitsData, GlyphsData, ImageFolderData
 from loading.readers import StreamData, reader_data
 from loading.sampling import EvalSampler, SeededData, TrainSampler
+from loading.shard_lists import find_shards
+from loading.shards import ShardData
 from loading.transforms import make_transform
 from models.config import ConfigError
 from stopping import leave_signals_to_parent
@@ -34,6 +36,8 @@ def make_data(args: argparse.Namespace, is_train: bool) -> Dataset:
     name, root = args.data_set, Path(args.data_path)
     if name == "digits":
         return DigitsData(is_train, transform)
+    if name.startswith("wds/"):
+        return ShardData(find_shards(args, is_train), transform)
     if not args.data_path and not name.startswith(("hfds/", "hfids/")):
         raise ConfigError(f"--data_set {name} needs --data_path, the folder that holds the data")
     if name == "IMNET":
@@ -102,19 +106,14 @@ def make_loaders(args: argparse.Namespace, given: dict[str, Any], process: Proce
     """
     train_data = None if args.eval else make_data(args, is_train=True)
     eval_data = None if args.disable_eval and not args.eval else make_data(args, is_train=False)
-    classes = getattr(train_data, "classes", None) or getattr(eval_data, "classes", None)
-    if train_data is not None and eval_data is not None:
-        _check_same_classes(train_data, eval_data)
-    nb_classes = args.nb_classes if classes is None else len(classes)
-    if given.get("nb_classes", nb_classes) != nb_classes:
-        raise ConfigError(
-            f"--nb_classes is {given['nb_classes']}, but the data have {nb_classes} classes; "
-            "correct it, or leave it out to take it from the data"
-        )
+    nb_classes, classes = _classes(args, given, train_data, eval_data)
 
     workers = min(args.num_workers, max(1, cores() // process.local_world))
     if workers < args.num_workers and "num_workers" in given:
         log(f"num_workers {args.num_workers} reduced to {workers}, the cores of each process")
+    if isinstance(train_data, StreamData) and process.world > 1:
+        # timm's reader of TFDS divides the images by loader process; without any, all processes would get the same ones
+        workers = max(1, workers)
     common = {
         "batch_size": args.batch_size,
         "num_workers": workers,
@@ -126,11 +125,11 @@ def make_loaders(args: argparse.Namespace, given: dict[str, Any], process: Proce
     }
     loaders = Loaders(None, None, nb_classes, None if classes is None else list(map(str, classes)))
     if isinstance(train_data, StreamData):
-        train_data.reader.set_loader_cfg(workers)
-        train_data.rank = process.rank
-        loaders.train = DataLoader(train_data, drop_last=True, generator=_own_generator(args), **common)
+        generator = train_data.divide(process.rank, workers)
+        loaders.train = DataLoader(train_data, drop_last=True, generator=generator, **common)
     elif train_data is not None:
-        sampler = TrainSampler(len(train_data), process.rank, process.world, args.seed)
+        order = getattr(train_data, "order", None)
+        sampler = TrainSampler(len(train_data), process.rank, process.world, args.seed, order)
         seeded = SeededData(train_data, args.seed, replaces=args.bad_images > 0)
         loaders.train = DataLoader(seeded, sampler=sampler, drop_last=True, generator=_own_generator(args), **common)
     if loaders.train is not None and len(loaders.train) < args.update_freq:
@@ -159,6 +158,33 @@ def _own_generator(args: argparse.Namespace) -> torch.Generator:
     # A loader draws a seed when it starts. Drawn from the global generator, it would change the numbers that a resumed
     # run draws after it.
     return torch.Generator().manual_seed(args.seed)
+
+
+def _classes(
+    args: argparse.Namespace, given: dict[str, Any], train_data: Dataset | None, eval_data: Dataset | None
+) -> tuple[int, list[Any] | None]:
+    """The number of classes of a run, and their names where the data have them.
+
+    Raises:
+        ConfigError: the data have other classes than each other, or than the user says.
+    """
+    if train_data is not None and eval_data is not None:
+        _check_same_classes(train_data, eval_data)
+    classes = getattr(train_data, "classes", None) or getattr(eval_data, "classes", None)
+    nb_classes = args.nb_classes if classes is None else len(classes)
+    shards = [data for data in (train_data, eval_data) if isinstance(data, ShardData)]
+    if shards and "nb_classes" not in given:
+        # some labels may be missing among those to evaluate, so the checkpoint comes first
+        largest = max(int(data.labels.max()) for data in shards)
+        nb_classes = getattr(args, "trained_classes", largest + 1)
+    if given.get("nb_classes", nb_classes) != nb_classes:
+        raise ConfigError(
+            f"--nb_classes is {given['nb_classes']}, but the data have {nb_classes} classes; "
+            "correct it, or leave it out to take it from the data"
+        )
+    for data in shards:
+        data.check_labels(nb_classes)
+    return nb_classes, classes
 
 
 def _check_same_classes(train_data: Dataset, eval_data: Dataset) -> None:

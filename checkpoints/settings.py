@@ -32,7 +32,8 @@ def adopt(args: argparse.Namespace, given: dict[str, Any], checkpoint: dict[str,
 
     Args:
         args: all options; those that are neither given nor a matter of the machine become the checkpoint's. For an
-            evaluation, `trained_on` is added, the data set whose preprocessing counts, and the precision stays.
+            evaluation, `trained_on` is added, the data set whose preprocessing counts, with `trained_classes`, the
+            number of classes, and the precision stays.
         given: options that the command line, the config or the recipe gave; extended.
         checkpoint: content of the checkpoint.
         path: its path, for the error message.
@@ -57,6 +58,8 @@ def adopt(args: argparse.Namespace, given: dict[str, Any], checkpoint: dict[str,
     if "nb_classes" not in given and "nb_classes" in own:
         # for data that do not tell their number of classes; others decide it themselves
         args.nb_classes = check_value(all_options()["nb_classes"], own["nb_classes"], f"{path}: its number of classes")
+        if args.eval:
+            args.trained_classes = args.nb_classes
     args.given = sorted(given)
 
 

@@ -76,16 +76,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def prepared(path: str, transform: Callable[[Image.Image], Any]) -> Any:
+def prepared(source: str | IO[bytes], transform: Callable[[Image.Image], Any], name: str | None = None) -> Any:
     """Read an image as RGB, and transform it.
+
+    Args:
+        source: path or open binary file.
+        transform: applied to the image.
+        name: what to call it in an error; None: its path.
 
     Raises:
         UnreadableImage: names the image; also one that would have more than `MAX_RESIZED` pixels once it is resized.
     """
-    image = read_image(path, path)
+    name = str(source) if name is None else name
+    image = read_image(source, name)
     width, height = _resized(image.size, transform)
     if width * height > MAX_RESIZED:
-        raise _unreadable(path, f"{image.width}x{image.height} pixels would be resized to {width}x{height}")
+        raise _unreadable(name, f"{image.width}x{image.height} pixels would be resized to {width}x{height}")
     return transform(image)
 
 

@@ -1,10 +1,11 @@
-"""Data sets of timm's readers: folders, tar files, WebDataset, TFDS, and Hugging Face's data sets."""
+"""Data sets of timm's readers: folders, tar files, TFDS, and Hugging Face's data sets."""
 
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_dataset
@@ -40,11 +41,15 @@ class ReaderData(Dataset):
 
 
 class StreamData(IterableDataset):
-    """The images of a timm reader without random access (wds, tfds, hfids).
+    """The images of a timm reader without random access (tfds, hfids).
 
     In training the reader divides the stream among the processes and their loader processes. Every random choice for an
     image depends on (seed, epoch, process, loader process, position in the stream of that loader process). In
     evaluation every process reads the whole stream and takes every `world`-th image, so that each image counts once.
+
+    A stream cannot be positioned: a run that is resumed in the middle of an epoch begins this epoch's stream again, and
+    sees some of its images twice. The order of the images is the reader's. It depends on the number of processes, and
+    a reader that keeps a state from one epoch to the next does not repeat the order of an unbroken run.
 
     Args:
         reader: yields decoded images and labels.
@@ -64,6 +69,25 @@ class StreamData(IterableDataset):
         self.total = None if is_train else reader.num_samples
         if not is_train:
             reader.dist_rank, reader.dist_num_replicas = 0, 1
+
+    def divide(self, rank: int, workers: int) -> torch.Generator:
+        """Take the share of a process in training; call it before a loader is made.
+
+        Args:
+            rank: index of the process.
+            workers: its number of loader processes.
+
+        Returns:
+            The generator for the loader. The reader shuffles with the seeds that the loader draws from it for its
+            processes, so they must differ from those of the other processes of the run.
+        """
+        self.rank = rank
+        self.reader.set_loader_cfg(workers)
+        seed = int(np.random.SeedSequence((self.seed, rank)).generate_state(1)[0])
+        if hasattr(self.reader, "worker_seed"):
+            # without loader processes the reader keeps this one, which is the same in all processes of the run
+            self.reader.worker_seed = seed
+        return torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -86,7 +110,7 @@ class StreamData(IterableDataset):
 def reader_data(
     args: argparse.Namespace, is_train: bool, transform: Callable[[Image.Image], Any]
 ) -> ReaderData | StreamData:
-    """The training or the validation split of `--data_set`, a reader string such as wds/NAME.
+    """The training or the validation split of `--data_set`, a reader string such as hfds/NAME.
 
     Raises:
         ConfigError: timm cannot make the reader; names the split and the reason.

@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -81,14 +81,23 @@ class TrainSampler(Sampler):
         rank: index of this process.
         world: number of processes.
         seed: seed of the permutations.
+        order: makes a permutation with the given generator; None: any of all permutations.
 
     Attributes:
         epoch: the permutation to take.
         consumed: images of it that all processes together have used up.
     """
 
-    def __init__(self, size: int, rank: int, world: int, seed: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        rank: int,
+        world: int,
+        seed: int,
+        order: Callable[[np.random.Generator], np.ndarray] | None = None,
+    ) -> None:
         self.size, self.rank, self.world, self.seed = size, rank, world, seed
+        self.order = order
         self.epoch = self.consumed = 0
 
     def __len__(self) -> int:
@@ -96,7 +105,8 @@ class TrainSampler(Sampler):
         return self.size // self.world
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.Generator(np.random.PCG64((self.seed, self.epoch))).permutation(self.size)
+        generator = np.random.Generator(np.random.PCG64((self.seed, self.epoch)))
+        order = generator.permutation(self.size) if self.order is None else self.order(generator)
         left = order[self.consumed :]
         for index in left[: len(left) // self.world * self.world][self.rank :: self.world]:
             yield self.epoch, int(index)

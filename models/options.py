@@ -238,10 +238,15 @@ _OWN: dict[str, Option] = {
             "data set",
             choices=("IMNET", "image_folder", "CIFAR", "CIFAR10", "CIFAR100", "digits", "glyphs"),
             pattern=r"(wds|hfds|hfids|tfds|folder)/.*",
-            hint="a timm reader string such as wds/NAME or hfds/NAME",
+            hint="wds/NAME for WebDataset shards, or a timm reader string such as hfds/NAME",
         ),
-        data_path=Option(str, "", "folder of the data; IMNET: with train/ and val/ inside; CIFAR: binary version"),
-        eval_data_path=Option(str, None, "folder of the evaluation images of image_folder"),
+        data_path=Option(
+            str,
+            "",
+            "folder of the data; IMNET: with train/ and val/ inside; CIFAR: binary version; wds/: folder or URL of "
+            "shards, or a pattern such as train-{0000..0012}.tar",
+        ),
+        eval_data_path=Option(str, None, "what to evaluate: a folder of image_folder, shards of wds/ as in data_path"),
         nb_classes=Option(int, 1000, "number of classes; if not given, that of the data", low=1),
         imagenet_default_mean_and_std=Option(
             bool, True, "normalise by ImageNet's mean and standard deviation; false: by 0.5 and 0.5"

@@ -368,6 +368,45 @@ def test_random_choices_in_streams(workers):
     assert draws(1, [2]) == second[2:]
 
 
+class ShuffledShards(Shards):
+    """As timm's reader of TFDS: every loader process shuffles with its seed; without any, the reader's seed counts."""
+
+    def __init__(self, rank, world):
+        super().__init__(rank, world)
+        self.worker_seed, self.workers = 0, None
+
+    def set_loader_cfg(self, workers):
+        self.workers = workers
+
+    def __iter__(self):
+        worker = get_worker_info()
+        draws = random.Random(worker.seed if worker else self.worker_seed)
+        for image, _ in super().__iter__():
+            yield image, draws.randrange(1 << 40)
+
+
+def shuffled(monkeypatch, rank, world, **changes):
+    """What the reader of a run draws in an epoch, and the number of loader processes."""
+    args = options(data_set="tfds/x", data_path="x", batch_size=4, disable_eval=True, **changes)
+    data = StreamData(ShuffledShards(rank, world), transforms.ToTensor(), True, args.seed)
+    monkeypatch.setattr("datasets.make_data", lambda *arguments, **named: data)
+    loaders = make_loaders(args, {}, process(rank, world))
+    assert data.reader.workers == loaders.train.num_workers
+    return [draw for _, labels in loaders.train for draw in labels.tolist()], loaders.train.num_workers
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_readers_of_streams_shuffle_differently_in_every_process(monkeypatch, workers):
+    (alone, workers_alone), first, again, second, other = (
+        shuffled(monkeypatch, rank, world, num_workers=workers, seed=seed)
+        for rank, world, seed in ((0, 1, 0), (0, 2, 0), (0, 2, 0), (1, 2, 0), (0, 2, 1))
+    )
+    assert first == again and len(first[0]) == 12 and len(alone) == 24 and workers_alone == workers
+    assert not set(first[0]) & set(second[0]) and not set(first[0]) & set(other[0])
+    # timm divides the images of TFDS by loader processes, and gives all processes the same ones without any
+    assert first[1] == second[1] == 1
+
+
 def test_timm_reader_string(tmp_path):
     """A folder through timm's own reader gives the images of the plain folder."""
     root = make_image_folder(tmp_path, train=6, val=5)

@@ -32,6 +32,7 @@ from loading.images import ImageFolderData
 from models import build_model, convert, load_weights, mixture_conv, set_temperature
 from models.config import ConfigError
 from models.methods import METHODS as BY_NAME
+from models.methods.kernel_representation.layer import low_frequencies
 from models.ops.portable import portable_pool_to
 from models.tracing import traced
 from trained import open_trained
@@ -196,6 +197,16 @@ def test_families_as_onnx(name, tmp_path):
     size = 160 if transformer else 64
     model = settle(build_model({"model": name, **own_settings(name)}, num_classes=CLASSES), size)
     assert_exports(model, tmp_path / "net.onnx", size, FEW_LAYERS, dynamic_size=not transformer)
+
+
+class LowFrequencies(torch.nn.Module):
+    def forward(self, images):
+        return low_frequencies(images)
+
+
+def test_representation_of_images_of_any_size_as_onnx(tmp_path):
+    """KR's first representation takes the numbers of its waves from the size of the image."""
+    assert write_onnx(LowFrequencies().eval(), tmp_path / "net.onnx", 24, {}, dynamic_size=True)["error"] <= FEW_LAYERS
 
 
 @pytest.mark.slow

@@ -268,8 +268,10 @@ class KRClassifier(nn.Linear):
 def _waves(size: int, first: int, like: Tensor) -> Tensor:
     """Cosines, then sines, of 8 frequencies from `first` on, at `size` positions: [16, size]."""
     index = torch.arange(first, first + FREQUENCIES, device=like.device)
-    # the modulo removes whole turns while the numbers are still integers
-    turns = index.unsqueeze(1) * torch.arange(size, device=like.device) % size
+    # The modulo removes whole turns while the numbers are still integers. Its divisor is a tensor, since ONNX exporters
+    # take no number for it that depends on the input's size.
+    whole = torch.full((), size, dtype=index.dtype, device=like.device)
+    turns = index.unsqueeze(1) * torch.arange(size, device=like.device) % whole
     angle = turns.to(like.dtype) * (2 * math.pi / size)
     return torch.cat([angle.cos(), angle.sin()])
 
