@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from loading.images import CIFAR_FILES, CIFARData, DigitsData, GlyphsData, ImageFolderData
 from loading.readers import StreamData, reader_data
-from loading.sampling import EvalSampler, SeededData, TrainSampler
+from loading.sampling import EvalSampler, SeededData, TrainSampler, collate
 from loading.shard_lists import find_shards
 from loading.shards import ShardData
 from loading.transforms import make_transform
@@ -131,7 +131,10 @@ def make_loaders(args: argparse.Namespace, given: dict[str, Any], process: Proce
         order = getattr(train_data, "order", None)
         sampler = TrainSampler(len(train_data), process.rank, process.world, args.seed, order)
         seeded = SeededData(train_data, args.seed, replaces=args.bad_images > 0)
-        loaders.train = DataLoader(seeded, sampler=sampler, drop_last=True, generator=_own_generator(args), **common)
+        loaders.train = DataLoader(
+            seeded, sampler=sampler, drop_last=True, generator=_own_generator(args),
+            collate_fn=collate if seeded.replaces else None, **common,
+        )  # fmt: skip
     if loaders.train is not None and len(loaders.train) < args.update_freq:
         needed = args.batch_size * args.update_freq * process.world
         raise ConfigError(

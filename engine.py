@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -135,6 +134,7 @@ def train_one_epoch(
     progress.sums = sums = fresh if progress.sums is None else progress.sums.to(device)
     skipped = torch.full((), float(progress.skipped), device=device)
     first_bad_step = torch.full((), -1.0, device=device)
+    reasons: list[str] = []
     shown = Progress(f"epoch {epoch}", steps, images_per_update, device, progress.update)
 
     net.train()
@@ -154,7 +154,7 @@ def train_one_epoch(
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for micro in range(args.update_freq):
             images, targets, unreadable = next(batches)
-            progress.unreadable += _report(unreadable)
+            reasons += [reason for reason in unreadable if reason]
             classes = targets
             if mixup is not None:
                 images, targets = mixup(images, targets)
@@ -185,6 +185,7 @@ def train_one_epoch(
         logs = (update + 1) % args.log_interval == 0 or last
         # On a CPU, look at every update. On a GPU, look only when logging; the optimizer skips bad updates meanwhile.
         looks = logs or device.type == "cpu"
+        progress.unreadable += len(reasons) if looks else 0
         progress.update, progress.samples = update + 1, progress.samples + images_per_update
         stop, save = watch.wishes(progress) if watch is not None and looks else (False, False)
         # one exchange tells every process what the others saw
@@ -200,7 +201,8 @@ def train_one_epoch(
             progress.skipped = int(skipped.item())
             if progress.skipped > args.skip_nonfinite:
                 raise _not_finite(int(first_bad_step.item()), epoch, steps)
-            _check_unreadable(int(told[3].item()), loader, args.bad_images)
+            _check_unreadable(int(told[3].item()), reasons, loader, args.bad_images)
+            reasons = []
         sums[0] += torch.where(bad > 0, 0.0, loss_of_update)
         sums[1:] += torch.where(bad > 0, 0, counts)
         if scaler.is_enabled():
@@ -216,7 +218,12 @@ def train_one_epoch(
             ema.update(model)
 
         if looks:
-            metrics = {"loss": loss_of_update.item(), "lr": lr, "temperature": temperature, "grad_norm": grad_norm.item()}
+            metrics = {
+                "loss": loss_of_update.item(),
+                "lr": lr,
+                "temperature": temperature,
+                "grad_norm": grad_norm.item(),
+            }
             progress.last = {**metrics, "weight_decay": weight_decay}
         if logs:
             shown.update(update + 1, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -244,20 +251,26 @@ def _not_finite(bad: int, epoch: int, steps: int) -> NonFiniteLoss:
     )
 
 
-def _report(reasons: Iterable[str]) -> int:
-    """Print why images could not be read; returns their number."""
-    found = [reason for reason in reasons if reason]
-    for reason in found:
-        print(f"warning: left out: {reason}", file=sys.stderr, flush=True)
-    return len(found)
+def _check_unreadable(count: int, reasons: list[str], loader: DataLoader, share: float) -> None:
+    """Print why images could not be read.
 
+    Args:
+        count: of such images in the epoch, in all processes.
+        reasons: those of this process that were not printed yet.
+        loader: whose data set they are of.
+        share: of its images that may be unreadable.
 
-def _check_unreadable(count: int, loader: DataLoader, share: float) -> None:
+    Raises:
+        UnreadableImage: there are more.
+    """
     if count and count > share * len(loader.dataset):
+        first = f"{reasons[0]}; " if reasons else ""
         raise UnreadableImage(
-            f"{count} of {len(loader.dataset)} training images cannot be read, more than the share {share:g} of "
-            "--bad_images; they are named above, and scripts/check_data.py lists all of them"
+            f"{first}{count} of {len(loader.dataset)} training images cannot be read, more than the share {share:g} of "
+            "--bad_images; scripts/check_data.py lists all of them"
         )
+    for reason in reasons:
+        print(f"warning: left out: {reason}", file=sys.stderr, flush=True)
 
 
 def _on_device(

@@ -21,7 +21,7 @@ RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
 class RunLock:
-    """The lock of an output folder, as a context; without a folder, and in other processes than the first, it does nothing.
+    """The lock of an output folder, as a context. Without a folder, and in other processes than the first, it is none.
 
     It is a record lock: the operating system releases it when the process dies, whichever way, and the loader processes
     that it has forked do not hold it. It works across the machines of a shared file system that has locks.
@@ -53,8 +53,8 @@ class RunLock:
                 owner = _owner(descriptor)
                 os.close(descriptor)
                 raise ConfigError(
-                    f"{self.folder}: another run{owner} is writing into this folder; wait for its end, stop it, or give "
-                    "another --output_dir"
+                    f"{self.folder}: another run{owner} is writing into this folder; wait for its end, stop it, or "
+                    "give another --output_dir"
                 )
             time.sleep(0.1)
         self._descriptor = descriptor

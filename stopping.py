@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, which SLURM can send before the end of a job."""
+"""Signals that ask a run to stop: SIGTERM, SIGINT (Ctrl-C), and SIGUSR1, which SLURM can send before a job ends."""
 
 import os
 import signal

@@ -18,8 +18,8 @@ from checkpoints import EpochProgress, Live, Resumed, RunFolder
 from datasets import Loaders
 from engine import NonFiniteLoss, amp_dtype, autocast
 from models import get_temperature, set_temperature
-from option_checks import mixes
 from optim_factory import Schedule, create_optimizer
+from option_checks import mixes
 from run_logs import RunLog, plot_curves
 from stopping import Stopped, StopSignals
 from utils import Process, log
@@ -222,7 +222,7 @@ class Trainer:
             self._require_finite(progress.epoch)
             saved = self.folder.save(self._state(progress.epoch, progress), progress.epoch, progress.update)
             self._saved = time.monotonic()
-            about = f"the last updates were not saved; the same command continues from the checkpoint before, in {self.folder.path}"
+            about = "the last updates were not saved; the same command continues from the checkpoint before them"
             if saved:
                 path = self.folder.path / f"checkpoint-{progress.epoch}-{progress.update}.pth"
                 about = f"saved {path}; the same command continues there"
@@ -246,8 +246,8 @@ class Trainer:
         bad = torch.stack([(~torch.isfinite(tensor)).any().to(self.process.device) for tensor in floats]).any()
         if utils.reduce_sum(bad.float()).item():
             raise NonFiniteLoss(
-                f"the weights or the state of the optimizer are not finite in epoch {epoch}, and were not saved; the last "
-                "checkpoint is intact. Lower --lr, raise --opt_eps or set --clip_grad"
+                f"the weights or the state of the optimizer are not finite in epoch {epoch}, and were not saved; the "
+                "last checkpoint is intact. Lower --lr, raise --opt_eps or set --clip_grad"
             )
 
 

@@ -215,7 +215,17 @@ def share(value: Any) -> Any:
 
 
 # words in the errors of gloo, NCCL and the store where the other processes meet
-_LOST = ("gloo", "NCCL", "ncclRemote", "onnection closed", "onnection reset", "TCPStore", "store->", "socket", "Broken pipe")
+_LOST = (
+    "gloo",
+    "NCCL",
+    "ncclRemote",
+    "onnection closed",
+    "onnection reset",
+    "TCPStore",
+    "store->",
+    "socket",
+    "Broken pipe",
+)
 
 
 def lost_processes(error: RuntimeError) -> str | None:
@@ -226,8 +236,8 @@ def lost_processes(error: RuntimeError) -> str | None:
     late = "imed out" in text or "imeout" in text
     what = "did not answer in time (--timeout)" if late else "ended"
     return (
-        f"process {dist.get_rank()} of {dist.get_world_size()}: another process of the run {what}; its own message tells "
-        f"why, and the same command continues from the last checkpoint ({text[:160]})"
+        f"process {dist.get_rank()} of {dist.get_world_size()}: another process of the run {what}; its own message "
+        f"tells why, and the same command continues from the last checkpoint ({text[:160]})"
     )
 
 

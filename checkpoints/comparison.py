@@ -81,7 +81,9 @@ def _check_method(own: dict[str, Any], path: str | Path, args: argparse.Namespac
         )
 
 
-def _check_training(checkpoint: dict[str, Any], own: dict[str, Any], path: str | Path, args: argparse.Namespace) -> None:
+def _check_training(
+    checkpoint: dict[str, Any], own: dict[str, Any], path: str | Path, args: argparse.Namespace
+) -> None:
     """Refuse what the state of a run cannot be continued with."""
     fresh = "to start a new run from its weights, give --finetune instead of --resume, and another --output_dir"
     old, new = (_SAME_OPTIMIZER.get(opt, opt) for opt in (own.get("opt", args.opt), args.opt))

@@ -157,8 +157,8 @@ def _check_entries(checkpoint: dict[Any, Any], path: str | Path) -> None:
     number = checkpoint.get("format")
     if number is not None and (type(number) is not int or not 1 <= number <= FORMAT):
         raise ConfigError(
-            f"{path}: its format is {ascii(number)[:60]}, and this version reads 1 to {FORMAT}; use the version of this "
-            "project that wrote it"
+            f"{path}: its format is {ascii(number)[:60]}, and this version reads 1 to {FORMAT}; use the version of "
+            "this project that wrote it"
         )
     temperature, averages = checkpoint.get("temperature"), checkpoint.get("model_ema")
     classes, given, count = own.get("classes"), own.get("given", []), own.get("nb_classes")

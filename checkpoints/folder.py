@@ -1,7 +1,7 @@
 """The checkpoints in the output folder of a run: names, the choice of one, and what is kept.
 
-`checkpoint-E.pth` was saved after epoch E and its evaluation, `checkpoint-E-U.pth` after U updates of epoch E. The first
-process reads and writes the folder, and all processes learn the outcome.
+`checkpoint-E.pth` was saved after epoch E and its evaluation, `checkpoint-E-U.pth` after U updates of epoch E. The
+first process reads and writes the folder, and all processes learn the outcome.
 """
 
 import argparse

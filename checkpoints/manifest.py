@@ -1,7 +1,7 @@
 """The record of a run's checkpoints: which run they are of, how far each has come, and its SHA-256.
 
-`manifest.json` lies beside the checkpoints. The checksums inside a file reveal damage to its tensors; the SHA-256 reveals
-any other change, too.
+`manifest.json` lies beside the checkpoints. The checksums inside a file reveal damage to its tensors; the SHA-256
+reveals any other change, too.
 """
 
 import hashlib
@@ -97,8 +97,8 @@ def verify(path: Path) -> None:
         if entry is None or entry["sha256"] == found:
             return
     raise ConfigError(
-        f"{path}: damaged or replaced after it was saved: its SHA-256 is not that in {NAME} beside it; use another copy "
-        f"(or remove {NAME}, if you replaced the file yourself)"
+        f"{path}: damaged or replaced after it was saved: its SHA-256 is not that in {NAME} beside it; use another "
+        f"copy (or remove {NAME}, if you replaced the file yourself)"
     )
 
 

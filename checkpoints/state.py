@@ -251,7 +251,8 @@ def _restore_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) 
     names = [group.get("names") for group in saved["param_groups"]]
     if any(names) and names != [group["names"] for group in groups]:
         raise ValueError(
-            "its parameters are grouped in another way: --layer_decay, --decay_norm_and_bias or --decay_layer_scale differ"
+            "its parameters are grouped in another way: --layer_decay, --decay_norm_and_bias or --decay_layer_scale "
+            "differ"
         )
     optimizer.load_state_dict(saved)
     for group, own in zip(optimizer.param_groups, groups):

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from .images import UnreadableImage
-
 
 # images that are tried in the place of one that cannot be read
 TRIES = 10
@@ -24,8 +23,8 @@ class SeededData(Dataset):
     Args:
         data: of (image, class).
         seed: of the random choices.
-        replaces: whether another image, which (seed, epoch, index) choose, stands for one that cannot be read. An item
-            then is (image, class, why the image could not be read, or "").
+        replaces: whether another image, which (seed, epoch, index) choose, stands for one that cannot be read. Such an
+            item is (image, class, why the image could not be read).
     """
 
     def __init__(self, data: Dataset, seed: int, replaces: bool = False) -> None:
@@ -39,7 +38,7 @@ class SeededData(Dataset):
         if not self.replaces:
             return self._load(epoch, index)
         try:
-            return *self._load(epoch, index), ""
+            return self._load(epoch, index)
         except UnreadableImage as error:
             reason = str(error)
         others = np.random.Generator(np.random.PCG64((self.seed, epoch, index))).integers(len(self), size=TRIES)
@@ -51,6 +50,13 @@ class SeededData(Dataset):
     def _load(self, epoch: int, index: int) -> Any:
         with seeded((self.seed, epoch, index)):
             return self.data[index]
+
+
+def collate(items: list[tuple]) -> list[Any]:
+    """Make a batch of items of a `SeededData`; it has texts, "" for most images, only if an image was replaced."""
+    batch = default_collate([item[:2] for item in items])
+    reasons = [item[2] if len(item) > 2 else "" for item in items]
+    return [*batch, reasons] if any(reasons) else batch
 
 
 @contextlib.contextmanager

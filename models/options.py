@@ -254,7 +254,7 @@ _OWN: dict[str, Option] = {
         bad_images=Option(
             float,
             0.001,
-            "share of the training images of an epoch that may be unreadable; each is named, and another one stands for it",
+            "share of the training images that may be unreadable; each is named, and another one stands for it",
             **_SHARE,
         ),
         num_workers=Option(int, 10, "data-loading processes per training process, at most one per core", low=0),

@@ -299,7 +299,7 @@ assert not folder.save({{"model": torch.zeros(1_000_000), "epoch": 1}}, 1)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning:") == 1
-    assert len(read(tmp_path / "checkpoint-1.pth")["model"]) == 1000 
+    assert len(read(tmp_path / "checkpoint-1.pth")["model"]) == 1000
     assert set(os.listdir(tmp_path)) == {"checkpoint-1.pth", "manifest.json"}
 
 
