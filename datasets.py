@@ -119,8 +119,6 @@ def make_loaders(args: argparse.Namespace, given: dict[str, Any], process: Proce
         "num_workers": workers,
         "pin_memory": args.pin_mem and process.device.type == "cuda",
         "persistent_workers": workers > 0,
-        # a loader process that hangs ends the run instead of stopping it for ever
-        "timeout": args.timeout if workers else 0,
         "worker_init_fn": leave_signals_to_parent,
     }
     loaders = Loaders(None, None, nb_classes, None if classes is None else list(map(str, classes)))

@@ -11,7 +11,7 @@ from utils import log
 SMALLEST = 4
 
 
-def divide_update(args: argparse.Namespace, checkpoint: dict[str, Any] | None, world: int) -> dict[str, int]:
+def divide_update(args: argparse.Namespace, checkpoint: dict[str, Any] | None, path: Any, world: int) -> dict[str, int]:
     """Keep the images of an update when a run goes on with another number of processes.
 
     The rule: `update_freq` and, where needed, `batch_size` change so that an update has as many images as at the start
@@ -22,6 +22,7 @@ def divide_update(args: argparse.Namespace, checkpoint: dict[str, Any] | None, w
     Args:
         args: all options; `batch_size`, `update_freq`, `lr` and `min_lr` may change.
         checkpoint: what the run continues from; None: it starts anew.
+        path: its path, for the error message.
         world: number of processes.
 
     Returns:
@@ -37,7 +38,7 @@ def divide_update(args: argparse.Namespace, checkpoint: dict[str, Any] | None, w
         return {"images": images, "target": images}
     target = saved.get("target")
     if type(target) is not int or not 1 <= target < 2**31 or type(saved.get("images")) is not int:
-        raise ConfigError("the checkpoint's number of images per update is wrong; use another copy")
+        raise ConfigError(f"{path}: its number of images per update is wrong; use another copy")
     if any(own.get(name) != getattr(args, name) for name in ("batch_size", "update_freq")) or target == images:
         return {"images": images, "target": images}
     before = f"{args.batch_size} x {args.update_freq} x {world} = {images}"

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +20,7 @@ from models import set_temperature, temperature_range
 from models.ops.dead_taps import WrittenGradients
 from run_logs import RunLog
 from utils import Process, Progress, log, reduce_sum
+from watchdog import TookTooLong, Watchdog
 
 if TYPE_CHECKING:
     from timm.data import Mixup
@@ -139,7 +141,7 @@ def train_one_epoch(
 
     net.train()
     # an epoch that only lacks its evaluation loads no image
-    batches = _on_device(loader, device, args.channels_last) if progress.update < steps else iter(())
+    batches = _on_device(loader, device, args.channels_last, args.timeout) if progress.update < steps else iter(())
     for update in range(progress.update, steps):
         step = epoch * steps + update
         lr, weight_decay = schedule.apply(optimizer, step)
@@ -274,14 +276,20 @@ def _check_unreadable(count: int, reasons: list[str], loader: DataLoader, share:
 
 
 def _on_device(
-    loader: Iterable, device: torch.device, channels_last: bool
+    loader: Iterable, device: torch.device, channels_last: bool, seconds: float
 ) -> Iterator[tuple[Tensor, Tensor, tuple[str, ...]]]:
     """The batches of a loader on the device, each with its texts about images that could not be read.
 
     For a GPU a separate stream copies them, while the GPU still computes the step before.
+
+    Args:
+        loader: of images, classes, and, optionally, texts.
+        device: where the images are needed.
+        channels_last: their memory format there.
+        seconds: to wait for a batch.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    for images, targets, *about in _loaded(loader):
+    for images, targets, *about in _loaded(loader, seconds):
         with torch.cuda.stream(stream):
             batch = _to_device((images, targets), device, channels_last)
         if stream is not None:
@@ -293,30 +301,47 @@ def _on_device(
         yield *batch, tuple(about[0]) if about else ()
 
 
-def _loaded(loader: Iterable) -> Iterator[Any]:
+def _loaded(loader: Iterable, seconds: float) -> Iterator[Any]:
     """The batches of a loader.
 
     Raises:
-        LoaderFailed: its processes ended, hang, or lack shared memory or open files.
+        LoaderFailed: its processes ended, hang for so many seconds, or lack shared memory or open files.
     """
+    batches, watchdog = None, Watchdog(seconds)
     try:
-        yield from loader
+        while True:
+            with watchdog:
+                batches = iter(loader) if batches is None else batches
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
     except UnreadableImage:
         raise
-    except (RuntimeError, OSError) as error:
-        text = " ".join(str(error).split())
+    except (RuntimeError, OSError, EOFError, TookTooLong) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
         remedy = next((remedy for words, remedy in _LOADER_FAULTS.items() if words in text), None)
-        if remedy is None:
+        if remedy is None and isinstance(error, RuntimeError):
             raise
-        for worker in multiprocessing.active_children():
-            # one that hangs would be waited for when this process ends
-            worker.kill()
+        _end_workers()
+        remedy = remedy or "look at the messages above, and at the disk of the data"
         raise LoaderFailed(f"loading images failed ({text[:200]}); {remedy}. The same command continues") from None
+    finally:
+        watchdog.close()
+
+
+def _end_workers() -> None:
+    """End the loader processes; one that hangs would be waited for when this process ends."""
+    # torch's handler would raise an error for each
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
 
 
 # part of an error of torch's loader -> what to do
 _LOADER_FAULTS = {
-    "DataLoader timed out": "a loader process hangs: look at the disk of the data, or raise --timeout",
+    "nothing came for": "a loader process hangs: look at the disk of the data, or raise --timeout",
     "shared memory": "lower --num_workers or --batch_size, or give /dev/shm more memory",
     "No space left on device": "lower --num_workers or --batch_size, or give /dev/shm more memory",
     "torch_": "lower --num_workers or --batch_size, or give /dev/shm more memory",
@@ -361,7 +386,7 @@ def evaluate(
     images_seen = 0
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
-    for images, targets, _ in _on_device(loader, device, args.channels_last):
+    for images, targets, _ in _on_device(loader, device, args.channels_last, args.timeout):
         with autocast(args, device):
             logits = model(images)
         logits = logits.float()

@@ -177,7 +177,7 @@ def run(
     if checkpoint is not None:
         checkpoints.compare(checkpoint, path, args, given)
     if not args.eval:
-        images_per_update = divide_update(args, checkpoint, process.world)
+        images_per_update = divide_update(args, checkpoint, path, process.world)
 
     # data
     loaders = make_loaders(args, given, process)

@@ -10,6 +10,7 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 if THREADS == 1:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import faults
 import pytest
 import torch
 
@@ -18,6 +19,13 @@ from models.ops.backends import compiled
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption("--faults", metavar="FILE", help="write the table of what the tests of faults measured")
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--faults")
+    if path and faults.ROWS:
+        faults.write_table(path)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,0 +1,402 @@
+"""What a run survives of its processes: kills at any moment and system call, lost ranks, workers, launchers.
+
+The names F1 to F30 are those of the catalogue in results/faults.md, whose numbers these tests print.
+"""
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from faults import measured
+from helpers import ROOT, finish, free_port, quick, read_log, started
+from states import difference_of
+
+import main
+from checkpoints import RunFolder, newest_checkpoint, read, remove_stale_files
+from utils import make_folder
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+# a run of seconds, which saves every few updates
+RUN = {"epochs": 2, "batch_size": 32, "drop_path": 0.1, "mixup": 0.5, "save_interval": 5, "log_interval": 5}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    torch.set_num_threads(1)
+    assert main.main(quick(**RUN, output_dir=folder)) == 0
+    return folder
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "out of time"
+        time.sleep(0.02)
+
+
+def position(folder):
+    """Updates of the newest checkpoint of the first epoch, by its name; 1000 after the epoch."""
+    names = [path.stem.split("-")[1:] for path in Path(folder).glob("checkpoint-[0-9]*.pth")]
+    return max((1000 if len(name) == 1 or name[0] != "0" else int(name[1]) for name in names), default=0)
+
+
+def children(pid):
+    """Processes that a process has started, and those that these have."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):
+            for child in map(int, (task / "children").read_text().split()):
+                found += [child, *children(child)]
+    return found
+
+
+def ranks(pid):
+    """Processes of main.py below a launcher, in order of their start; without those that load images."""
+    own = []
+    for child in sorted(children(pid)):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            parent = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{child}/status").read_text())[1])
+            if any(word.endswith(b"main.py") for word in words) and parent == pid:
+                own.append(child)
+    return own
+
+
+def alive(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    return False
+
+
+def launcher(processes, options, **environment):
+    """scripts/launch.sh, with the launcher's process in the place of the script's."""
+    own = {"PROCESSES": processes, "INTERVAL": "0.1", "HEAD": f"127.0.0.1:{free_port()}", **environment}
+    command = ["bash", ROOT / "scripts/launch.sh", *quick(**options)]
+    text = {name: str(value) for name, value in own.items()}
+    return started(command, ENVIRONMENT | text, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def saver(folder, pipe):
+    """Saves 5 MB for ever, and tells which saves were done."""
+    run = RunFolder(folder, 2)
+    state = {"model": {"weight": torch.arange(1_250_000.0)}, "epoch": 0}
+    for epoch in range(10_000):
+        if run.save({**state, "epoch": epoch}, epoch):
+            os.write(pipe, f"{epoch}\n".encode())
+    os._exit(0)
+
+
+@pytest.mark.parametrize("trials", [25, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_during_saves(trials, tmp_path, capsys):
+    """F1"""
+    torch.set_num_threads(1)
+    rng, lost, stale = random.Random(0), 0, 0
+    for trial in range(trials):
+        folder = make_folder(str(tmp_path / str(trial)))
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            saver(folder, writer)
+        os.close(writer)
+        with os.fdopen(reader) as told:
+            first = told.readline()
+            time.sleep(rng.uniform(0, 0.3))
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            done = int((first + told.read()).split()[-1])
+        state = read(newest_checkpoint(folder))
+        assert state["model"]["weight"].shape == (1_250_000,)
+        lost += state["epoch"] < done
+        stale += any(path.suffix == ".tmp" for path in folder.iterdir())
+        remove_stale_files(folder)
+        assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
+        shutil.rmtree(folder)
+    measured("F1", f"0 of {trials} folders do not resume, {lost} finished saves lost; {stale} temporary files removed")
+    assert lost == 0
+
+
+SAVE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch
+from checkpoints import RunFolder
+folder = RunFolder(Path({folder!r}), 2)
+state = {{"model": {{"weight": torch.arange(30000.0)}}, "epoch": 0}}
+for epoch in (0, 1):
+    folder.save({{**state, "epoch": epoch}}, epoch)
+print("BEGIN", flush=True)
+Path({folder!r}, "begin").touch()
+ok = folder.save({{**state, "epoch": 2}}, 2, best=["acc1"])
+print("SAVED", ok, flush=True)
+"""
+needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+
+
+def traced_save(folder, *words):
+    folder.mkdir()
+    code = SAVE.format(root=str(ROOT), folder=str(folder))
+    return finish(["strace", "-f", "-y", *words, sys.executable, "-c", code], 120, ENVIRONMENT)
+
+
+def calls_of(text, folder):
+    """(call, file name) of fsync and rename in the folder, after the first two saves."""
+    # a call during which another thread makes one is told in two lines
+    found = re.findall(r"(fsync|rename)\((.*?)(?:\) += 0| <unfinished)", text)
+    calls = []
+    for name, arguments in found:
+        if str(folder) in arguments:
+            target = re.findall(r"[\"<]([^\">]*)[\">]", arguments)[-1]
+            calls.append((name, Path(target).name if target != str(folder) else "."))
+    return calls
+
+
+@needs_strace
+def test_order_of_a_save(tmp_path):
+    """F3"""
+    folder = tmp_path / "run"
+    done = traced_save(folder, "-e", "trace=fsync,rename")
+    assert done.returncode == 0 and "SAVED True" in done.stdout, done.stderr[-2000:]
+    calls = calls_of(done.stderr, folder)
+    orders = 0
+    for index, (call, target) in enumerate(calls):
+        if call == "rename":
+            before, after = calls[index - 1], calls[index + 1]
+            assert before[0] == "fsync" and before[1].startswith(f".{target}.") and after == ("fsync", ".")
+            orders += 1
+    # three checkpoints and the best one, each with its manifest, and the manifest again when the oldest is deleted
+    assert orders == 9
+    measured("F3", f"{orders} of {orders} files in this order")
+
+
+@needs_strace
+@pytest.mark.slow
+def test_killed_at_every_system_call_of_a_save(tmp_path):
+    """F2"""
+    total = 0
+    # two saves of two files come before; then the five files of the third
+    for call, before, count in (("rename", 4, 5), ("fsync", 8, 10)):
+        for k in range(before + 1, before + count + 1):
+            folder = tmp_path / f"{call}-{k}"
+            done = traced_save(folder, "-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={k}")
+            assert "BEGIN" in done.stdout and "SAVED" not in done.stdout, (call, k, done.stdout)
+            path = newest_checkpoint(folder)
+            assert read(path)["epoch"] in (1, 2), (call, k)
+            total += 1
+    measured("F2", f"{total} of {total} kills leave a folder that resumes")
+
+
+@needs_strace
+@pytest.mark.parametrize("fault", ["fsync:error=EIO:when=9", "rename:error=EROFS:when=5", "write:error=ENOSPC"])
+def test_failing_system_calls_of_a_save(fault, tmp_path):
+    """F5, F4"""
+    folder, call = tmp_path / "run", fault.partition(":")[0]
+    if call == "write":
+        # from the first byte of the third checkpoint on
+        code = SAVE.format(root=str(ROOT), folder=str(folder)).replace(
+            'print("BEGIN", flush=True)', "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))"
+        )  # fmt: skip
+        folder.mkdir()
+        done = finish([sys.executable, "-c", code], 120, ENVIRONMENT)
+    else:
+        done = traced_save(folder, "-e", f"trace={call}", "-e", f"inject={fault}")
+    assert "SAVED False" in done.stdout, done.stdout + done.stderr[-500:]
+    assert done.stderr.count("checkpoint-2.pth was not saved") == 1
+    assert [read(folder / f"checkpoint-{epoch}.pth")["epoch"] for epoch in (0, 1)] == [0, 1]
+    assert newest_checkpoint(folder).name == "checkpoint-1.pth" and not list(folder.glob(".checkpoint*"))
+    measured("F5" if call != "write" else "F4", f"{fault}: told as not saved, older files intact")
+
+
+def test_loader_process_killed_or_stopped(unbroken, tmp_path):
+    """F15"""
+    for number, limit in ((signal.SIGKILL, 5), (signal.SIGSTOP, 12)):
+        command = [sys.executable, ROOT / "main.py"]
+        # an epoch of minutes, in whose middle the worker is hit
+        options = {**RUN, "num_workers": 1, "timeout": 3, "epochs": 50, "output_dir": tmp_path / str(int(number))}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with started([*command, *quick(**options)], ENVIRONMENT, **pipes) as process:
+            wait_for(lambda: position(tmp_path / str(int(number))) >= 5)
+            workers = [pid for pid in children(process.pid) if b"main.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            begun = time.monotonic()
+            os.kill(workers[-1], number)
+            out, _ = process.communicate(timeout=60)
+            wall = time.monotonic() - begun
+        assert process.returncode == 1 and "Traceback" not in out, out[-2000:]
+        assert "error: loading images failed" in out and "same command continues" in out
+        measured("F15", f"{number.name}: an error after {wall:.1f} s")
+        assert wall < limit
+
+
+def test_no_file_descriptors():
+    """F16"""
+    begun = time.monotonic()
+    command = ["bash", "-c", 'ulimit -n 24; exec "$@"', "bash", sys.executable, ROOT / "main.py"]
+    done = finish([*command, *quick(num_workers=2, epochs=1)], 60, ENVIRONMENT)
+    wall = time.monotonic() - begun
+    assert done.returncode in (1, 2), done.stdout + done.stderr
+    assert "Too many open files" in done.stderr
+    measured("F16", f"24 file descriptors: an error, {wall:.0f} s after the start")
+
+
+@pytest.mark.slow
+def test_no_shared_memory(tmp_path):
+    """F16"""
+    script = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    command = ["unshare", "-m", "bash", "-c", script, "bash", sys.executable, ROOT / "main.py"]
+    if finish(["unshare", "-m", "true"], 10).returncode:
+        pytest.skip("unshare -m is not allowed here")
+    begun = time.monotonic()
+    done = finish([*command, *quick(num_workers=1, epochs=1, input_size=96, batch_size=64)], 60, ENVIRONMENT)
+    wall = time.monotonic() - begun
+    assert done.returncode == 1 and "error: loading images failed" in done.stderr and "/dev/shm" in done.stderr
+    measured("F16", f"1 MB of shared memory: an error, {wall:.0f} s after the start")
+
+
+@pytest.fixture(scope="module")
+def unbroken_in_three(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three")
+    with launcher(3, {**RUN, "epochs": 1, "output_dir": folder}) as process:
+        out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return folder
+
+
+@pytest.mark.parametrize("trials", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_one_of_three_processes_killed(trials, unbroken_in_three, tmp_path):
+    """F17"""
+    rng, walls = random.Random(1), []
+    for trial in range(trials):
+        folder = tmp_path / str(trial)
+        with launcher(3, {**RUN, "epochs": 1, "output_dir": folder}) as process:
+            wait_for(lambda: position(folder) >= 5)
+            time.sleep(rng.uniform(0, 0.5))
+            killed = position(folder) < 1000
+            if killed:
+                os.kill(rng.choice(ranks(process.pid)), signal.SIGKILL)
+            begun = time.monotonic()
+            out, _ = process.communicate(timeout=300)
+            walls.append(time.monotonic() - begun)
+        assert process.returncode == 0, out
+        assert not killed or out.count("resuming from") == 1
+        assert difference_of(read(folder / "checkpoint-0.pth"), read(unbroken_in_three / "checkpoint-0.pth")) == []
+        for name in ("log.txt", "steps.jsonl"):
+            assert (folder / name).read_text() == (unbroken_in_three / name).read_text()
+    measured(
+        "F17", f"{trials} of {trials} finish, equal to the unbroken run, {max(walls):.0f} s after the kill at most"
+    )
+
+
+@pytest.mark.slow
+def test_stopped_process(tmp_path):
+    """F18: it answers to nothing; the others end after the time-out, and torchrun starts all again."""
+    with launcher(2, {**RUN, "timeout": 5, "epochs": 4, "output_dir": tmp_path}) as process:
+        wait_for(lambda: position(tmp_path) >= 5)
+        begun = time.monotonic()
+        os.kill(ranks(process.pid)[1], signal.SIGSTOP)
+        wait_for(lambda: len(read_log(tmp_path)) == 4 if (tmp_path / "log.txt").exists() else False, 150)
+        out, _ = process.communicate(timeout=60)
+        wall = time.monotonic() - begun
+    assert process.returncode == 0 and "did not answer in time" in out, out
+    measured("F18", f"finished {wall:.0f} s after the stop")
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_sigterm_to_torchrun(signals, tmp_path):
+    """F21: both processes save at the same update."""
+    with launcher(2, {**RUN, "epochs": 30, "save_interval": 0, "output_dir": tmp_path}) as process:
+        wait_for(lambda: (tmp_path / "steps.jsonl").exists() and len((tmp_path / "steps.jsonl").read_text()) > 100)
+        own = ranks(process.pid)
+        begun = time.monotonic()
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.05)
+        wait_for(lambda: not any(map(alive, own)), 30)
+        wall = time.monotonic() - begun
+        out, _ = process.communicate(timeout=60)
+    saved = re.findall(r"^stopped by SIGTERM: saved (\S+);", out, re.MULTILINE)
+    assert len(saved) == 1 and read(saved[0])["progress"]["update"] > 0, out
+    assert len(read(saved[0])["rng"]) == 2
+    measured("F21", f"saved once, by both processes, in {wall:.1f} s")
+    assert wall < 10
+
+
+def test_sigkill_to_torchrun(tmp_path):
+    """F22: its processes end with it, and never two runs write."""
+    options = {**RUN, "epochs": 30, "output_dir": tmp_path}
+    with launcher(2, options) as process:
+        wait_for(lambda: position(tmp_path) >= 5)
+        own = ranks(process.pid)
+        begun = time.monotonic()
+        done = finish([sys.executable, ROOT / "main.py", *quick(**options)], 60, ENVIRONMENT)
+        refused = time.monotonic() - begun
+        assert done.returncode == 2 and "another run" in done.stderr
+        process.kill()
+        begun = time.monotonic()
+        wait_for(lambda: not any(map(alive, own)), 10)
+        wall = time.monotonic() - begun
+    measured("F22", f"processes gone after {wall:.1f} s; a second start refused after {refused:.1f} s")
+    assert wall < 5
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    command = [sys.executable, ROOT / "main.py", *quick(**RUN, num_workers=1, output_dir=tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with started(command, ENVIRONMENT, **pipes) as process:
+        wait_for(lambda: position(tmp_path) >= 5)
+        # as a terminal does, to the processes that load images, too
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert re.fullmatch(r"stopped by SIGINT: saved \S+; the same command continues there\n", err)
+
+
+def test_a_bad_image_in_one_of_two_processes(tmp_path):
+    """Each process ends with one line."""
+    from helpers import make_image_folder
+
+    folder = make_image_folder(tmp_path / "data", train=16, val=8)
+    next((folder / "train").rglob("*.JPEG")).write_bytes(b"")
+    options = {"data_set": "IMNET", "data_path": folder, "input_size": 32, "batch_size": 4, "epochs": 1}
+    with launcher(2, options, RESTARTS=0) as process:
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "training images cannot be read" in out
+    assert len(re.findall(r"^error: ", out, re.MULTILINE)) == 2, out
+    assert not re.search(r"File \".*(main|engine|training)\.py\"", out), out
+
+
+@pytest.mark.slow
+def test_two_hundred_random_faults(unbroken, tmp_path):
+    """A run that is killed, truncated, flipped, interrupted and short of disk ends as one without faults."""
+    rng, folder, counts = random.Random(7), tmp_path / "run", {}
+    # the run is long enough for the faults, and is broken off where the unbroken one ends
+    options = {**RUN, "epochs": 40, "save_interval": 3, "num_workers": 0}
+    expected = tmp_path / "expected"
+    assert (
+        finish([sys.executable, ROOT / "main.py", *quick(**options, output_dir=expected)], 590, ENVIRONMENT).returncode
+        == 0
+    )
+    command = [sys.executable, ROOT / "tests/faulty_run.py", str(folder), *quick(**options, output_dir=folder)]
+    faults = 0
+    while faults < 200:
+        done = finish([*command[:3], str(rng.randrange(10**6)), str(200 - faults), *command[3:]], 590, ENVIRONMENT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for name, count in re.findall(r"^fault (\w+) (\d+)$", done.stdout, re.MULTILINE):
+            counts[name] = counts.get(name, 0) + int(count)
+        faults = sum(counts.values())
+    done = finish([sys.executable, ROOT / "main.py", *quick(**options, output_dir=folder)], 590, ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert difference_of(read(folder / "checkpoint-39.pth"), read(expected / "checkpoint-39.pth")) == []
+    assert (folder / "log.txt").read_text() == (expected / "log.txt").read_text()
+    measured("F23", f"equal after {faults} random faults ({', '.join(f'{n} {c}' for n, c in counts.items())})")
