@@ -24,7 +24,7 @@ import checkpoints
 from command_line import Parser
 from main import fail
 from models.config import ConfigError
-from models.reader import sha256_of
+from models.download import sha256_of
 from utils import check_not_read, errors_name, shown
 
 
