@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 
 from command_line import Parser, at_least
 from datasets import cores
-from loading.images import ImageFiles, find_images
+from loading.folders import images_in
+from loading.images import ImageFiles
 from main import fail
 from models.config import ConfigError
 from trained import open_trained
@@ -127,8 +128,11 @@ def as_text(records):
 
 
 def run(args):
-    files = find_images(args.images)
+    notes = []
+    files = images_in(args.images, notes.append)
     check_not_read(args.output, (args.checkpoint, args.kw_config, *files))
+    for note in notes:
+        print(note, file=sys.stderr)
     trained = open_trained(args.checkpoint, args.kw_config, args.ema)
     found, failed = predict(trained, files, args)
     if len(files) == len(failed) == 1:
