@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import subprocess
 import time
 
+import check_data
 import numpy as np
 import pytest
 from helpers import make_image_folder, quick
@@ -189,3 +191,81 @@ def test_a_small_file_of_many_pixels_takes_no_time(tmp_path):
     with pytest.raises(UnreadableImage, match=r"x\.ppm"):
         read_image(tmp_path / "x.ppm", "x.ppm")
     assert time.monotonic() - start < 2
+
+
+@pytest.fixture
+def checked(capsys):
+    """The exit code of check_data.py and the lines that it prints."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = check_data.main([*map(str, arguments), "--num_workers", "2"])
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines() + captured.err.splitlines()
+
+    return run
+
+
+def test_check_data_names_what_is_bad(tmp_path, checked):
+    root = make_image_folder(tmp_path / "data", train=9, val=6)
+    assert checked(root) == (0, ["15 images, 0 bad"])
+    half, pipe = root / "train" / "bee" / "1.JPEG", root / "val" / "ant" / "pipe\x1b[31m.jpg"
+    half.write_bytes(half.read_bytes()[:300])
+    os.mkfifo(pipe)
+    (root / "val" / "ant" / "page.png").write_text("<html></html>")
+    code, lines = checked(root)
+    assert code == 1 and lines[-1] == "17 images, 3 bad"
+    assert [line for line in lines if line.startswith(f"{half}: cannot be read as an image")]
+    assert [line for line in lines if r"pipe\x1b[31m.jpg: cannot be read as an image (it is no regular file)" in line]
+    assert [line for line in lines if "page.png: cannot be read" in line]
+
+
+def test_check_data_compares_checksums(tmp_path, checked):
+    root = make_image_folder(tmp_path / "data", train=9, val=6)
+    for name in ("a b.jpg", "back\\slash.jpg", "line\nbreak.jpg", "=1+1.jpg", os.fsdecode(b"\xff.jpg")):
+        shutil.copy(root / "val/ant/0.JPEG", root / "val" / "ant" / name)
+    target = tmp_path / "list"
+    assert checked(root, "--sha256", target) == (0, ["20 images, 0 bad"])
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--quiet", "--strict", target], cwd=root, check=True)
+    assert checked(root, "--verify", target) == (0, ["20 images, 0 bad"])
+    # a flipped bit that the decoder does not notice
+    flipped, moved = root / "train" / "ant" / "0.JPEG", root / "train" / "bee" / "1.JPEG"
+    content = bytearray(flipped.read_bytes())
+    for position in range(len(content) // 2, len(content)):
+        content[position] ^= 1
+        flipped.write_bytes(content)
+        if checked(root)[0] == 0:
+            break
+        content[position] ^= 1
+    moved.rename(moved.with_name("other.JPEG"))
+    code, lines = checked(root, "--verify", target)
+    assert code == 1 and sorted(lines) == sorted(
+        [
+            f"{flipped}: its SHA-256 is not that of {target}", f"{moved.with_name('other.JPEG')}: not in {target}",
+            f"train/bee/1.JPEG: in {target}, and not in {root}", "20 images, 3 bad",
+        ]
+    )  # fmt: skip
+    flipped.write_bytes(b"")
+    assert checked(root, "--verify", target)[1][-1] == "20 images, 3 bad"
+
+
+def test_check_data_refuses(tmp_path, checked):
+    root = make_image_folder(tmp_path / "data", train=3, val=3)
+    (tmp_path / "bad").write_text("0123  a.jpg\n")
+    os.mkfifo(tmp_path / "pipe")
+    for arguments, part in (
+        ((tmp_path / "missing",), "missing: no such folder"),
+        ((tmp_path / "bad",), "bad: no such folder"),
+        ((root, "--verify", tmp_path / "bad"), "bad: line 1 is not one of sha256sum"),
+        ((root, "--verify", tmp_path / "missing"), "missing: no such list"),
+        ((root, "--verify", tmp_path / "pipe"), "pipe: no such list"),
+        ((root, "--sha256", tmp_path / "no" / "list"), "there is no folder"),
+        ((root, "--sha256", root / "val" / "ant" / "0.JPEG"), "which is read"),
+        ((root, "--sha256", tmp_path / "x", "--verify", tmp_path / "x"), "not allowed with"),
+        ((root, "--wrong"), "--wrong"),
+    ):
+        code, lines = checked(*arguments)
+        assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and part in lines[0], lines
+    (tmp_path / "empty").mkdir()
+    assert checked(tmp_path / "empty")[0] == 2
