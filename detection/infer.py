@@ -27,6 +27,7 @@ from detection import tools
 from detection.hooks import SafeCheckpointHook
 from loading.images import UnreadableImage, read_image
 from models.config import ConfigError
+from models.messages import printable
 
 
 def load_detector(cfg: Config, checkpoint: str, device: str) -> nn.Module:
@@ -87,7 +88,7 @@ def infer(argv: list[str] | None) -> None:
             out_file=str(target),
         )
         found = int((result.pred_instances.scores >= args.score).sum())
-        print(f"{target}: {found} objects", flush=True)
+        print(f"{printable(target)}: {found} objects", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

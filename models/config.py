@@ -324,6 +324,8 @@ def _check_entries(option: Option, value: Any, where: str) -> dict[str, dict]:
         inside = f'{where}, warehouse "{str(name)[:60]}"'
         if not isinstance(settings, dict):
             raise ConfigError(f"{inside} must be an object; got {_shown(settings)}")
+        if printable(name) != name:
+            raise ConfigError(f"{inside} has a control character in its name")
         checked[name] = _check_keys(settings, option.entries, inside)
         if not isinstance(checked[name].get("layers"), list) or not checked[name]["layers"]:
             raise ConfigError(f'{inside} needs "layers", a list of patterns of module names')

@@ -149,7 +149,9 @@ def test_odd_names_and_unreadable_images(last, images, tmp_path, capsys, refused
         else:
             assert len(text.splitlines()) == len(expected)
             continue
-        assert len(found) == len(expected) and set(found) == expected
+        # in CSV, line breaks are kept and other control characters escaped
+        names = {name.replace("\r", "\\r") for name in expected} if form == "csv" else expected
+        assert len(found) == len(names) and set(found) == names
     assert refused(predict, last, folder / "inside" / "bad.jpg").startswith(f"error: {folder}/inside/bad.jpg: cannot")
     assert predict.main([str(last), str(folder / "inside" / "bad.jpg"), str(folder / "thin.png")]) == 2
     captured = capsys.readouterr()
