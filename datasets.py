@@ -6,11 +6,13 @@ number of loader processes, and a resumed run is the same as an unbroken one.
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from loading.images import CIFAR_FILES, CIFARData, DigitsData, GlyphsData, ImageFolderData
@@ -40,19 +42,28 @@ def make_data(args: argparse.Namespace, is_train: bool) -> Dataset:
         return ShardData(find_shards(args, is_train), transform)
     if not args.data_path and not name.startswith(("hfds/", "hfids/")):
         raise ConfigError(f"--data_set {name} needs --data_path, the folder that holds the data")
-    if name == "IMNET":
-        return ImageFolderData(root / ("train" if is_train else "val"), transform)
-    if name == "image_folder":
-        if is_train:
-            return ImageFolderData(root, transform)
-        if not args.eval_data_path:
-            raise ConfigError("--data_set image_folder needs --eval_data_path, or --disable_eval true")
-        return ImageFolderData(Path(args.eval_data_path), transform, "--eval_data_path")
+    if name in ("IMNET", "image_folder"):
+        data = _folder(args, is_train, transform)
+        if data.note:
+            log(data.note)
+        return data
     if name == "glyphs":
         return GlyphsData(root, is_train, transform)
     if name in CIFAR_NAMES:
         return CIFARData(CIFAR_NAMES[name], root, is_train, transform)
     return reader_data(args, is_train, transform)
+
+
+def _folder(args: argparse.Namespace, is_train: bool, transform: Callable[[Image.Image], Any]) -> ImageFolderData:
+    """The training or the evaluation images of a folder with a folder per class."""
+    root = Path(args.data_path)
+    if args.data_set == "IMNET":
+        return ImageFolderData(root / ("train" if is_train else "val"), transform)
+    if is_train:
+        return ImageFolderData(root, transform)
+    if not args.eval_data_path:
+        raise ConfigError("--data_set image_folder needs --eval_data_path, or --disable_eval true")
+    return ImageFolderData(Path(args.eval_data_path), transform, "--eval_data_path")
 
 
 def known_classes(name: str) -> int | None:

@@ -266,6 +266,8 @@ def labelled_images(trained: Trained, source: str, is_train: bool) -> Dataset:
     if source == "digits":
         return DigitsData(is_train, trained.transform)
     data = ImageFolderData(Path(source), trained.transform, "--int8" if is_train else "--evaluate")
+    if data.note:
+        utils.log(data.note)
     if trained.classes is not None and not is_train:
         _number_as(trained.classes, data, source)
     return data

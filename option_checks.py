@@ -5,6 +5,7 @@ import os
 from collections.abc import Container
 
 from models.config import ConfigError
+from models.download import parse_url
 
 
 def check_weights(args: argparse.Namespace, asked: Container[str]) -> None:
@@ -41,11 +42,8 @@ def check_source(option: str, path: str) -> None:
                 "of a checkpoint"
             )
     elif "://" in path:
-        # loads torch
-        from models.reader import check_scheme
-
         try:
-            check_scheme(path)
+            parse_url(path)
         except ValueError as error:
             raise ConfigError(f"--{option} {error}") from None
     elif path and not os.path.isfile(path):

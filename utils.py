@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from models.config import ConfigError
+from models.messages import printable
 
 # ---------------------------------------------------------------------------------------------------- processes
 
@@ -156,9 +157,9 @@ def is_main_process() -> bool:
 
 
 def log(message: str) -> None:
-    """Print on the first process only."""
+    """Print a line on the first process only; names of files and texts of checkpoints in it are made `printable`."""
     if is_main_process():
-        print(message, flush=True)
+        print(printable(message), flush=True)
 
 
 def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -360,6 +361,27 @@ def shown(text: str | Path) -> str:
         return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:
         return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def csv_cell(value: Any) -> Any:
+    """A value for a CSV file; what a spreadsheet would run, or a terminal obey, becomes a plain text.
+
+    A text that begins like a formula gets an apostrophe in front, and control characters but line breaks are escaped.
+    Numbers stay as they are.
+    """
+    if not isinstance(value, str):
+        return value
+    lines = [printable(line) for line in value.split("\n")]
+    return ("'" if value[:1] in ("=", "+", "-", "@", "\t", "\r") else "") + "\n".join(lines)
+
+
+def as_json(value: Any) -> str:
+    """A value as JSON in any script. Characters that a terminal would obey are escaped, and read back as they were."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    # line breaks between the entries are JSON's own; those in texts are escaped already
+    return "".join(
+        letter if letter == "\n" or printable(letter) == letter else json.dumps(letter)[1:-1] for letter in text
+    )
 
 
 def write_out(text: str, path: Path | None) -> None:

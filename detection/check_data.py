@@ -9,6 +9,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict
 from PIL import Image
 
+from loading.images import readable_formats
 from models.config import ConfigError
 
 # Data sets of at most this many images are decoded whole. In larger ones only the header and the end of every file are
@@ -116,7 +117,7 @@ def _check_image(path: Path, image: dict[str, Any], annotations: Path, whole: bo
     if not path.is_file():
         raise ConfigError(f"image '{path}' is listed in {annotations} and does not exist")
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=readable_formats()) as opened:
             size, end = opened.size, ENDS.get(opened.format)
             if whole:
                 opened.load()

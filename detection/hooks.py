@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 from mmdet.registry import HOOKS
+from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
@@ -86,6 +87,32 @@ class SafeCheckpointHook(CheckpointHook):
         backend_args = {"backend": "atomic"} if backend_args is None else backend_args
         super().__init__(*args, max_keep_ckpts=max_keep_ckpts, backend_args=backend_args, **kwargs)
 
+    def before_train(self, runner: Runner) -> None:
+        """Find out where checkpoints are written, and remove what killed processes left half-written there."""
+        super().before_train(runner)
+        if is_main_process():
+            remove_stale_files(self.out_dir)
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
+        """Save a checkpoint, and only then remove one that is too many; mmengine itself does it the other way round."""
+        keep, outdated = self.max_keep_ckpts, []
+        if keep > 0 and step not in self.keep_ckpt_ids:
+            steps = [*self.keep_ckpt_ids, step]
+            outdated = steps[:-keep]
+            # a deque of at most this many
+            self.keep_ckpt_ids.append(step)
+            # all of them are saved: a run that goes on from here removes what this one could not
+            runner.message_hub.update_info("keep_ckpt_ids", steps)
+        try:
+            self.max_keep_ckpts = -1
+            super()._save_checkpoint_with_step(runner, step, meta)
+        finally:
+            self.max_keep_ckpts = keep
+        for old in outdated if is_main_process() else ():
+            path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old))
+            if self.file_backend.isfile(path):
+                self.file_backend.remove(path)
+
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Convert the entries that mmengine would pickle to plain data."""
         for key in ("meta", "message_hub"):
@@ -127,8 +154,17 @@ class SafeCheckpointHook(CheckpointHook):
             )
 
 
+def remove_stale_files(folder: str | Path) -> None:
+    """Remove the temporary files of checkpoints, which a process that is killed while it writes leaves behind."""
+    for path in Path(folder).glob(".*.tmp"):
+        if re.fullmatch(r"\.(epoch|iter|best)_.*\.pth\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
 def newest_detector(folder: str | Path) -> Path | None:
     """The newest good checkpoint of a work directory, or None where there is none at all.
+
+    What mmengine notes in `last_checkpoint` does not count: after a crash it may be empty, or name a missing file.
 
     Raises:
         ConfigError: there are checkpoints, and none is good.

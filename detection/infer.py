@@ -20,13 +20,14 @@ from mmdet.apis import inference_detector
 from mmdet.registry import DATASETS, MODELS, VISUALIZERS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from PIL import Image
 from torch import nn
 
 from checkpoints import read
 from detection import tools
 from detection.hooks import SafeCheckpointHook
+from loading.images import UnreadableImage, read_image
 from models.config import ConfigError
+from models.messages import printable
 
 
 def load_detector(cfg: Config, checkpoint: str, device: str) -> nn.Module:
@@ -68,12 +69,13 @@ def infer(argv: list[str] | None) -> None:
     visualizer.dataset_meta = model.dataset_meta
     for name in args.images:
         try:
-            with Image.open(name) as opened:
-                opened.load()
-            picture = cv2.imread(name)
-        except Exception as error:
-            # image decoders raise exceptions of any type
-            raise ConfigError(f"image '{name}' cannot be read: {str(error) or type(error).__name__}") from None
+            # refuses what OpenCV would wait for, decode in part or leave out without an error
+            read_image(name, f"image '{name}'")
+        except UnreadableImage as error:
+            raise ConfigError(str(error)) from None
+        picture = cv2.imread(name)
+        if picture is None:
+            raise ConfigError(f"image '{name}' cannot be read: OpenCV does not know its format")
         result = inference_detector(model, picture)
         args.out_dir.mkdir(parents=True, exist_ok=True)
         target = args.out_dir / f"{Path(name).stem}.png"
@@ -86,7 +88,7 @@ def infer(argv: list[str] | None) -> None:
             out_file=str(target),
         )
         found = int((result.pred_instances.scores >= args.score).sum())
-        print(f"{target}: {found} objects", flush=True)
+        print(f"{printable(target)}: {found} objects", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from mmengine.config import Config, DictAction
 
 from detection.check_data import check_data
 from models.config import ConfigError, find_config
+from models.download import parse_url
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,8 +70,13 @@ def join(cfg: Config) -> None:
 
 
 def require_checkpoint(path: str) -> None:
-    """Raise ConfigError where a local file does not exist; a URL is not checked here."""
-    if "://" not in path and not os.path.isfile(path):
+    """Raise ConfigError where a file does not exist, or a URL may not be downloaded."""
+    if "://" in path:
+        try:
+            parse_url(path)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    elif not os.path.isfile(path):
         raise ConfigError(f"checkpoint '{path}': no such file")
 
 

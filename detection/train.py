@@ -46,6 +46,9 @@ def train(argv: list[str] | None) -> None:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise ConfigError("--auto-scale-lr: the config has no auto_scale_lr.base_batch_size")
         cfg.auto_scale_lr.enable = True
+    if args.resume is None and cfg.get("resume") and not cfg.get("load_from"):
+        # by the config; mmengine would trust the file last_checkpoint
+        args.resume = "auto"
     if args.resume is not None:
         path = newest_detector(cfg.work_dir) if args.resume == "auto" else args.resume
         cfg.load_from, cfg.resume = None if path is None else str(path), path is not None

@@ -1,27 +1,33 @@
 """Read images from files and from memory, and make data sets of them."""
 
+import functools
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import Resize
 
 from models.config import ConfigError
-from models.messages import first_line
+from models.messages import first_line, printable
 
-# Refuse truncated images, and those above Image.MAX_IMAGE_PIXELS, 89 million pixels, of which Pillow would only warn.
+from .folders import LeftOut, images_of_classes
+
+# Of images above 89 million pixels Pillow would only warn, and refuse those above twice as many.
+MAX_PIXELS = 1024**3 // 12
 ImageFile.LOAD_TRUNCATED_IMAGES = False
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
+# What a file holds counts, whatever its suffix is. Pillow knows other formats, too: for EPS it starts Ghostscript,
+# which runs the file as a program.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF", "JPEG2000", "AVIF")
 DIGITS_TEST_IMAGES = 360
 # pixels of a resized image: a long and narrow one grows to many more than it has, which takes seconds and gigabytes
 MAX_RESIZED = 100_000_000
@@ -32,7 +38,7 @@ class UnreadableImage(RuntimeError):
 
     def __init__(self, message: str) -> None:
         # a loader process passes the error on with its traceback in front of the message
-        super().__init__(message.rsplit("UnreadableImage: ", 1)[-1].strip())
+        super().__init__(printable(message.rsplit("UnreadableImage: ", 1)[-1].strip()))
 
 
 def read_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
@@ -51,13 +57,23 @@ def read_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
         # opening a pipe without a writer would wait forever
         raise _unreadable(name, "it is no regular file")
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=readable_formats()) as image:
+            # a library may have changed how warnings are treated
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} are more than {MAX_PIXELS:,} pixels")
             image.load()
             image = ImageOps.exif_transpose(image)
     except Exception as error:
         # on a damaged file, decoders raise exceptions of any type
         raise _unreadable(name, first_line(error)) from None
     return to_rgb(image)
+
+
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """Those of the formats that are read that this Pillow knows; it would stop at the name of another one."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _unreadable(name: str, reason: str) -> UnreadableImage:
@@ -113,6 +129,9 @@ class ImageFolderData(Dataset):
         transform: applied to every image, an RGB `PIL.Image`.
         option: the option that named the folder, for the error message.
 
+    Attributes:
+        note: a line about files that are left out; empty where there are none.
+
     Raises:
         ConfigError: the folder does not exist or holds no image.
     """
@@ -120,11 +139,9 @@ class ImageFolderData(Dataset):
     def __init__(self, root: Path, transform: Callable[[Image.Image], Any], option: str = "--data_path") -> None:
         if not root.is_dir():
             raise ConfigError(f"{root}: no such folder of images; check {option}")
-        try:
-            folder = ImageFolder(str(root))
-        except FileNotFoundError as error:
-            raise ConfigError(f"{root}: holds no images in folders of classes: {str(error).splitlines()[0]}") from None
-        self.samples, self.classes, self.transform = folder.samples, folder.classes, transform
+        left_out = LeftOut()
+        self.samples, self.classes = images_of_classes(root, left_out)
+        self.transform, self.note = transform, left_out.note(root)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -132,39 +149,6 @@ class ImageFolderData(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
         return prepared(path, self.transform), label
-
-
-def find_images(paths: Iterable[str]) -> list[str]:
-    """The image files among some paths: the files themselves, and those below the folders, folder by folder.
-
-    Args:
-        paths: files, and folders, which are searched for the suffixes of an `ImageFolderData`. Links are followed.
-
-    Raises:
-        ConfigError: a path does not exist, a folder cannot be searched, or there is no image at all.
-    """
-
-    def refuse(error: OSError) -> NoReturn:
-        raise ConfigError(f"{error.filename}: cannot be searched for images: {error.strerror}")
-
-    files, seen = [], set()
-    for path in paths:
-        if not os.path.isdir(path):
-            if not os.path.exists(path):
-                raise ConfigError(f"{path}: no such image or folder")
-            files.append(path)
-            continue
-        for folder, inside, names in os.walk(path, onerror=refuse, followlinks=True):
-            inside.sort()
-            if os.path.realpath(folder) in seen:
-                # a link to a folder above
-                inside.clear()
-                continue
-            seen.add(os.path.realpath(folder))
-            files += [os.path.join(folder, name) for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS)]
-    if not files:
-        raise ConfigError(f"{', '.join(paths)}: no images ({' '.join(IMG_EXTENSIONS)})")
-    return files
 
 
 class ImageFiles(Dataset):

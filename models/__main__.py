@@ -42,6 +42,7 @@ _ALL = {
     "validate": Command("scripts/validate.py", "evaluate trained models in more detail"),
     "average": Command("scripts/average_checkpoints.py", "average the weights of checkpoints"),
     "clean": Command("scripts/clean_checkpoint.py", "reduce a checkpoint to its weights"),
+    "check-data": Command("scripts/check_data.py", "read all images of a data set, and name the bad ones"),
     "train-detector": Command("detection/train.py", "train a detector", extra="detection"),
     "test-detector": Command("detection/test.py", "evaluate a detector", extra="detection"),
     "detect": Command("detection/infer.py", "detect objects in images", extra="detection"),

@@ -5,6 +5,7 @@ A mistake is refused before any data or device is touched.
 
 import difflib
 import json
+import logging
 import math
 import os
 import re
@@ -12,9 +13,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .messages import printable
 from .options import Option, all_options
 
 MAX_CONFIG_BYTES = 1 << 20
+# Options that name weights to read, and folders. A config may come from anybody, so that its paths are confined.
+_WEIGHTS = ("resume", "finetune", "init_static")
+_FOLDERS = ("data_path", "eval_data_path", "output_dir", "log_dir")
 _PACKAGE = Path(__file__).resolve().parent
 # the folder with main.py, configs/ and scripts/: that of a checkout, and a folder of the package where it is installed
 ROOT = _PACKAGE / "app" if (_PACKAGE / "app").is_dir() else _PACKAGE.parent
@@ -23,7 +28,13 @@ OWN_RECIPES = OWN_CONFIGS / "recipes"
 
 
 class ConfigError(ValueError):
-    """A mistake of the user. The message is one line that names the mistake and, where possible, the remedy."""
+    """A mistake of the user. The message is one line that names the mistake and, where possible, the remedy.
+
+    It may quote names of files and texts of their content, which are made `printable`.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(" ".join(str(message).splitlines())))
 
 
 def read_config(config: str | os.PathLike | dict, overrides: dict | None = None) -> dict[str, Any]:
@@ -65,6 +76,8 @@ def merge(config: str | os.PathLike | dict, overrides: dict[str, Any]) -> dict[s
     own = _check_keys(content, all_options(), name)
     if path is not None and "kw_config" in own:
         raise ConfigError(f'{path}: "kw_config" cannot be set inside a config; put its settings here instead')
+    if path is not None:
+        _check_places(own, path, Path(path).parent)
     settings = {**own, **overrides}
     if settings.get("recipe") is None:
         return settings
@@ -102,19 +115,18 @@ def find_config(config: str | os.PathLike) -> str | os.PathLike:
 
 
 def _read_recipe(name: str, path: str | os.PathLike | None, where: str) -> dict[str, Any]:
-    """The settings of a recipe.
+    """The settings of a recipe, from the folder `recipes` beside the config, else from the project's own.
 
-    The recipe is looked up in the folder `recipes` beside the config, then in those of the folders above, and last
-    among the project's own.
+    Nothing above the config counts: who may write to a folder of many people would set the options of all below it.
 
     Args:
         name: of the recipe.
         path: of the config; None for a dict.
         where: beginning of an error message.
     """
-    above = [] if path is None else [folder / "recipes" for folder in Path(os.path.abspath(path)).parents]
-    folders = [*above, OWN_RECIPES]
-    found = [folder / f"{name}.json" for folder in folders if os.path.isfile(folder / f"{name}.json")]
+    beside = [] if path is None else [Path(os.path.abspath(path)).parent / "recipes"]
+    folders = [*beside, OWN_RECIPES]
+    found = [folder for folder in folders if os.path.isfile(folder / f"{name}.json")]
     if not found:
         known = sorted({file.stem for folder in folders for file in folder.glob("*.json")})
         if not known:
@@ -125,11 +137,50 @@ def _read_recipe(name: str, path: str | os.PathLike | None, where: str) -> dict[
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         known = f'did you mean "{near[0]}"?' if near else f"the known ones are {', '.join(known)}"
         raise ConfigError(f'{where}unknown recipe "{name}"; {known}')
-    settings = _check_keys(_load_json(found[0]), all_options(), str(found[0]))
+    recipe = found[0] / f"{name}.json"
+    settings = _check_keys(_load_json(recipe), all_options(), str(recipe))
     for key in ("model", "recipe", "kw_config"):
         if key in settings:
-            raise ConfigError(f'{found[0]}: a recipe cannot set "{key}"; leave it to the config or the command line')
+            raise ConfigError(f'{recipe}: a recipe cannot set "{key}"; leave it to the config or the command line')
+    _check_places(settings, recipe, found[0].parent)
+    # of the processes of a run, the first says it
+    if found[0].resolve() != OWN_RECIPES and os.environ.get("RANK", "0") == "0":
+        logging.getLogger(__name__).warning(
+            "note: recipe %s is %s, not the project's own", printable(name), printable(recipe)
+        )
     return settings
+
+
+def _check_places(settings: dict[str, Any], path: str | os.PathLike, folder: Path) -> None:
+    """Confine the paths in a config or a recipe. On the command line, the user's own word, any of them is fine.
+
+    Args:
+        settings: checked options of the file.
+        path: of the file.
+        folder: of the config; weights with an absolute path must lie inside.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    for option in (*_WEIGHTS, *_FOLDERS):
+        place = settings.get(option)
+        if not place:
+            continue
+        wrong = ""
+        if "://" in place:
+            wrong = "is a URL"
+        elif ".." in Path(place).parts:
+            wrong = 'climbs up by ".."'
+        elif option in _WEIGHTS and os.path.isabs(place):
+            inside = Path(os.path.realpath(place)).is_relative_to(os.path.realpath(folder))
+            wrong = "" if inside else "lies outside of the config's folder"
+        if wrong:
+            raise ConfigError(
+                f'{path}: "{option}" {wrong} ({place[:60]}), which only the command line may ask for: --{option}'
+            )
+    if settings.get("dist_url", "env://") != "env://":
+        # who answers there sends objects to all processes
+        raise ConfigError(f'{path}: "dist_url" can be given on the command line only: --dist_url')
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -140,7 +191,7 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
         known: the known names.
         prefix: put before the suggested name, such as "--".
     """
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(name[:100], list(known), n=1, cutoff=0.5)
     return f'; did you mean "{prefix}{match[0]}"?' if match else "; see --help for the known ones"
 
 
@@ -164,11 +215,12 @@ def _load_json(path: str | os.PathLike) -> dict:
         raise ConfigError(f"{path}: begins with a byte order mark; save it as UTF-8 without one")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f'{path}: key "{key}" is given twice')
-        return dict(pairs)
+        content = {}
+        for key, value in pairs:
+            if key in content:
+                raise ConfigError(f'{path}: key "{key[:60]}" is given twice')
+            content[key] = value
+        return content
 
     def refuse_constant(word: str) -> None:
         raise ConfigError(f"{path}: {word} is not a number that can be used")
@@ -194,11 +246,27 @@ def _check_keys(content: dict, known: dict[str, Option], where: str) -> dict[str
             continue
         name = key.replace("-", "_") if isinstance(key, str) else key
         if name not in known:
-            raise ConfigError(f'{where}: unknown key "{key}"{nearest(str(name), known)}')
+            raise ConfigError(f'{where}: unknown key "{str(key)[:60]}"{nearest(str(name), known)}')
         if name in settings:
             raise ConfigError(f'{where}: key "{name}" is given twice, once with dashes')
+        if not _is_unicode(value):
+            raise ConfigError(f'{where}: "{key}" holds a text that UTF-8 cannot (a lone surrogate, such as \\ud800)')
         settings[name] = check_value(known[name], value, f'{where}: "{key}"')
     return settings
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether no text in a value has a half of a pair of surrogates, which no file and no terminal can hold."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            return False
+        if isinstance(value, (list, tuple)):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+    return True
 
 
 def check_value(option: Option, value: Any, where: str) -> Any:
@@ -253,9 +321,11 @@ def _check_entries(option: Option, value: Any, where: str) -> dict[str, dict]:
         raise ConfigError(f"{where} must be an object that maps names of warehouses to settings; got {_shown(value)}")
     checked = {}
     for name, settings in value.items():
-        inside = f'{where}, warehouse "{name}"'
+        inside = f'{where}, warehouse "{str(name)[:60]}"'
         if not isinstance(settings, dict):
             raise ConfigError(f"{inside} must be an object; got {_shown(settings)}")
+        if printable(name) != name:
+            raise ConfigError(f"{inside} has a control character in its name")
         checked[name] = _check_keys(settings, option.entries, inside)
         if not isinstance(checked[name].get("layers"), list) or not checked[name]["layers"]:
             raise ConfigError(f'{inside} needs "layers", a list of patterns of module names')
@@ -265,5 +335,8 @@ def _check_entries(option: Option, value: Any, where: str) -> dict[str, dict]:
 def _shown(value: Any) -> str:
     """A value as an error message shows it: on one line, and at most 60 characters."""
     # ascii() keeps line breaks and control characters out of the one-line message
-    text = ascii(value) if not isinstance(value, (bool, type(None))) else json.dumps(value)
+    try:
+        text = ascii(value) if not isinstance(value, (bool, type(None))) else json.dumps(value)
+    except RecursionError:
+        text = "lists in lists"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -26,8 +26,9 @@ import checkpoints
 from command_line import Parser
 from main import fail
 from models.config import ConfigError
+from models.messages import printable
 from models.options import METHOD_KEYS
-from utils import check_not_read, shown
+from utils import check_not_read
 
 NETWORK = ("model", "block_attention", *sorted(METHOD_KEYS))
 
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         checkpoints.write_weights(args.output, average(args.checkpoints, args.ema))
     except ConfigError as error:
         return fail(error)
-    print(f"the mean of {len(args.checkpoints)} checkpoints: {shown(args.output)}")
+    print(f"the mean of {len(args.checkpoints)} checkpoints: {printable(args.output)}")
     return 0
 
 

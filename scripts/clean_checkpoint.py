@@ -24,8 +24,9 @@ import checkpoints
 from command_line import Parser
 from main import fail
 from models.config import ConfigError
-from models.reader import sha256_of
-from utils import check_not_read, errors_name, shown
+from models.download import sha256_of
+from models.messages import printable
+from utils import check_not_read, errors_name
 
 
 def parse_arguments(argv):
@@ -55,7 +56,7 @@ def write(weights, output, with_hash):
         try:
             checkpoints.write_weights(written, weights)
         except ConfigError as error:
-            raise ConfigError(str(error).replace(str(written), str(output))) from None
+            raise ConfigError(str(error).replace(printable(written), printable(output))) from None
         digest = sha256_of(written)
         if with_hash:
             output = output.with_stem(f"{output.stem}-{digest[:8]}")
@@ -74,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error)
     before = ""
     if os.path.isfile(args.checkpoint):
-        before = f"{shown(args.checkpoint)}: {os.path.getsize(args.checkpoint):,} bytes\n"
-    print(f"{before}{shown(output)}: {os.path.getsize(output):,} bytes\nSHA-256 {digest}")
+        before = f"{printable(args.checkpoint)}: {os.path.getsize(args.checkpoint):,} bytes\n"
+    print(f"{before}{printable(output)}: {os.path.getsize(output):,} bytes\nSHA-256 {digest}")
     if "args" not in weights:
         print("note: it does not tell its model; give --kw_config wherever it is used")
     return 0

@@ -34,8 +34,9 @@ from exporting import (
 )
 from main import fail
 from models.config import ConfigError
+from models.messages import printable
 from trained import open_trained
-from utils import check_not_read, shown
+from utils import check_not_read
 
 
 def parse_arguments(argv):
@@ -77,7 +78,7 @@ def run(args):
             write_pt2(*arguments)
         else:
             onnx(args, trained, arguments)
-    print(f"{shown(path)}: {path.stat().st_size / 2**20:.1f} MiB")
+    print(f"{printable(path)}: {path.stat().st_size / 2**20:.1f} MiB")
 
 
 def onnx(args, trained, arguments):

@@ -13,7 +13,6 @@ Exit code 1: some images could not be read; they are named on stderr, and the ot
 
 import csv
 import io
-import json
 import math
 import sys
 from pathlib import Path
@@ -28,11 +27,13 @@ from torch.utils.data import DataLoader
 
 from command_line import Parser, at_least
 from datasets import cores
-from loading.images import ImageFiles, find_images
+from loading.folders import images_in
+from loading.images import ImageFiles
 from main import fail
 from models.config import ConfigError
+from models.messages import printable
 from trained import open_trained
-from utils import check_not_read, check_target, shown, write_out
+from utils import as_json, check_not_read, check_target, csv_cell, shown, write_out
 
 COLUMNS = ("image", "rank", "index", "class", "probability")
 
@@ -113,7 +114,8 @@ def as_csv(records):
     writer.writeheader()
     for record in records:
         for rank, prediction in enumerate(record["predictions"], 1):
-            writer.writerow({"image": record["image"], "rank": rank, **prediction})
+            row = {"image": record["image"], "rank": rank, **prediction}
+            writer.writerow({name: csv_cell(value) for name, value in row.items()})
     return file.getvalue()
 
 
@@ -122,24 +124,27 @@ def as_text(records):
     for record in records:
         best = [f"{entry['class']} {100 * entry['probability']:.1f} %" for entry in record["predictions"]]
         lines.append(f"{record['image']}: {', '.join(best)}")
-    # a line for each image, whatever characters are in its name
-    return "".join(line.replace("\n", "\\n").replace("\r", "\\r") + "\n" for line in lines)
+    # a line for each image, whatever characters are in its name and in those of the classes
+    return "".join(printable(line) + "\n" for line in lines)
 
 
 def run(args):
-    files = find_images(args.images)
+    notes = []
+    files = images_in(args.images, notes.append)
     check_not_read(args.output, (args.checkpoint, args.kw_config, *files))
+    for note in notes:
+        print(note, file=sys.stderr)
     trained = open_trained(args.checkpoint, args.kw_config, args.ema)
     found, failed = predict(trained, files, args)
     if len(files) == len(failed) == 1:
-        raise ConfigError(shown(failed[0][1]))
+        raise ConfigError(failed[0][1])
     for _, reason in failed:
-        print("passed over: " + shown(" ".join(reason.split())), file=sys.stderr)
+        print("passed over: " + printable(" ".join(reason.split())), file=sys.stderr)
     if not found:
         raise ConfigError(f"none of the {len(files)} images can be predicted; the lines above say why")
     records = records_of(found, trained.classes)
     if args.format == "json":
-        text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+        text = as_json(records) + "\n"
     else:
         text = as_csv(records) if args.format == "csv" else as_text(records)
     write_out(text, args.output)

@@ -27,8 +27,9 @@ import torch
 
 from models import ConfigError, build_model, read_config
 from models.counting import count_layers
+from models.messages import printable
 from models.options import MODEL_KEYS, OPTIONS
-from utils import check_not_read
+from utils import check_not_read, csv_cell
 
 CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "glyphs": 500}
 UNITS = {"M": 1e6, "G": 1e9}
@@ -139,7 +140,7 @@ def read_tables():
 def name_of(path):
     """The name of a config in the tables, which is its path in the repository."""
     path = path.resolve()
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+    return printable(path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path)
 
 
 def count(path, input_size, known):
@@ -199,7 +200,7 @@ def _signed(value, digits):
 def markdown_table(head, rows):
     """A Markdown table. A title in `head` that ends with a colon marks a column of numbers, aligned right."""
     lines = [[title.rstrip(":") for title in head], ["---:" if title.endswith(":") else "---" for title in head], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(printable(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def as_markdown(rows):
@@ -235,7 +236,7 @@ def as_csv(records):
     file = io.StringIO()
     writer = csv.DictWriter(file, records[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records)
+    writer.writerows({name: csv_cell(value) for name, value in record.items()} for record in records)
     return file.getvalue().rstrip("\n")
 
 

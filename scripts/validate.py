@@ -29,7 +29,8 @@ from command_line import make_parser, merged_options, parse_words
 from loading.transforms import make_transform
 from main import complete, fail, run
 from models.config import ConfigError
-from utils import check_not_read, check_target, read_launcher, shown, write_out
+from models.messages import printable
+from utils import check_not_read, check_target, csv_cell, read_launcher, write_out
 
 COLUMNS = "model top1 top1_err top5 top5_err param_count img_size crop_pct interpolation checkpoint".split()
 
@@ -86,7 +87,7 @@ def as_csv(rows):
     file = io.StringIO()
     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     return file.getvalue()
 
 
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error)
     if not rows:
         return 2
-    print(f"{len(paths) - failed} of {len(paths)} checkpoints: {shown(output)}")
+    print(f"{len(paths) - failed} of {len(paths)} checkpoints: {printable(output)}")
     return 1 if failed else 0
 
 

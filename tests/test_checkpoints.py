@@ -33,7 +33,7 @@ from checkpoints import (
     weights_of,
     write_checkpoint,
 )
-from models import build_model, load_weights, reader, set_temperature, temperature_range
+from models import build_model, download, load_weights, set_temperature, temperature_range
 from models.config import ConfigError
 
 CPU = torch.device("cpu")
@@ -176,6 +176,11 @@ def server(tmp_path):
         running.shutdown()
 
 
+def hashed(server, path):
+    """The URL of a file, which the server's folder has under this path, with the hash that a URL must tell."""
+    return f"{server}#sha256={hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
 def test_url(tmp_path, server, monkeypatch, capsys):
     """Weights from a URL are loaded; code from there never runs."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
@@ -183,10 +188,10 @@ def test_url(tmp_path, server, monkeypatch, capsys):
     target = tmp_path / "ran"
     torch.save({"model": build_model({"model": "test_resnet"}, num_classes=10).state_dict()}, tmp_path / "good.pth")
     torch.save({"model": Evil(target)}, tmp_path / "evil.pth")
-    assert main.main(quick(eval=True, resume=f"{server}/good.pth")) == 0
+    assert main.main(quick(eval=True, resume=hashed(f"{server}/good.pth", tmp_path / "good.pth"))) == 0
     for name in ("evil.pth", "missing.pth"):
         capsys.readouterr()
-        assert main.main(quick(eval=True, resume=f"{server}/{name}")) == 2
+        assert main.main(quick(eval=True, resume=hashed(f"{server}/{name}", tmp_path / "evil.pth"))) == 2
         line = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(line) == 1 and name in line[0]
     assert not target.exists()
@@ -198,7 +203,8 @@ def test_two_urls_of_one_name_are_two_files(tmp_path, server, monkeypatch):
         (tmp_path / str(index)).mkdir()
         torch.save({"model": {"weight": torch.full((3,), index)}}, tmp_path / str(index) / "model.pth")
     for index in (0, 1, 0):
-        assert read(f"{server}/{index}/model.pth")["model"]["weight"][0] == index
+        url = hashed(f"{server}/{index}/model.pth", tmp_path / str(index) / "model.pth")
+        assert read(url)["model"]["weight"][0] == index
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -207,15 +213,16 @@ def test_released_options_by_url_and_a_damaged_copy(tmp_path, server, monkeypatc
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     content = {"model": {"weight": torch.arange(1000.0)}, "args": argparse.Namespace(lr=0.1)}
     torch.save(content, tmp_path / "released.pth", _use_new_zipfile_serialization=not legacy)
-    assert read(f"{server}/released.pth")["args"].lr == 0.1
+    url = hashed(f"{server}/released.pth", tmp_path / "released.pth")
+    assert read(url)["args"].lr == 0.1
     (kept,) = (tmp_path / "hub").rglob("*-released.pth")
     whole = kept.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:1000] + bytes([whole[1000] ^ 4]) + whole[1001:]):
         kept.write_bytes(content)
-        assert torch.equal(read(f"{server}/released.pth")["model"]["weight"], torch.arange(1000.0))
+        assert torch.equal(read(url)["model"]["weight"], torch.arange(1000.0))
         assert kept.read_bytes() == whole
     (tmp_path / "released.pth").unlink()
-    assert read(f"{server}/released.pth")["args"].lr == 0.1, "what is kept needs no server"
+    assert read(url)["args"].lr == 0.1, "what is kept needs no server"
 
 
 class Short(http.server.BaseHTTPRequestHandler):
@@ -241,11 +248,11 @@ class Silent(Short):
 @pytest.mark.parametrize(("handler", "reason"), [(Short, "2000 of 4000"), (Silent, "timed out")])
 def test_a_download_that_ends_early_or_never_is_refused(handler, reason, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(reader, "SECONDS", 0.5)
+    monkeypatch.setattr(download, "SECONDS", 0.5)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         with pytest.raises(ConfigError, match=reason):
-            read(f"http://127.0.0.1:{running.server_port}/model.pth")
+            read(f"http://127.0.0.1:{running.server_port}/model-0123abcd.pth")
         running.shutdown()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

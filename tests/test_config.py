@@ -113,21 +113,71 @@ def test_recipe_of_the_command_line_replaces_that_of_the_file(tmp_path):
     assert (args.opt, args.lr_schedule, args.epochs, args.model) == ("momentum", "step", 3, "convnext_tiny")
 
 
-def test_recipe_is_looked_up_beside_the_config_then_above_it_then_in_the_project(tmp_path, monkeypatch):
+def test_recipe_is_looked_up_beside_the_config_and_then_in_the_project(tmp_path, monkeypatch, caplog):
     folder = tmp_path / "mine" / "resnet18"
     folder.mkdir(parents=True)
     path = write(folder, '{"recipe": "deit"}')
     assert read_config(path)["warmup_epochs"] == 5 == read_config({"recipe": "deit"})["warmup_epochs"]
+    # whoever may write to a folder above does not decide
     write_recipe(tmp_path, "deit", '{"lr": 0.5}')
-    assert read_config(path) == {"lr": 0.5}
     write_recipe(tmp_path / "mine", "deit", '{"lr": 0.6}')
-    assert read_config(path) == {"lr": 0.6}
-    # a folder without the recipe does not hide those above it
-    write_recipe(folder, "other", "{}")
-    assert read_config(path) == {"lr": 0.6}
+    write_recipe(tmp_path, "above", "{}")
+    assert read_config(path)["warmup_epochs"] == 5
+    with pytest.raises(ConfigError, match='unknown recipe "above"'):
+        read_config(path, {"recipe": "above"})
+    assert not caplog.messages
+    recipe = write_recipe(folder, "deit", '{"lr": 0.7}')
+    assert read_config(path) == {"lr": 0.7}
+    assert caplog.messages == [f"note: recipe deit is {recipe}, not the project's own"]
     monkeypatch.chdir(folder)
-    assert read_config("config.json") == {"lr": 0.6}
+    assert read_config("config.json") == {"lr": 0.7}
     assert read_config({"recipe": "deit"})["warmup_epochs"] == 5
+    monkeypatch.setenv("RANK", "1")
+    assert read_config(path) == {"lr": 0.7} and len(caplog.messages) == 2
+
+
+@pytest.mark.parametrize("where", ["config", "recipe"])
+@pytest.mark.parametrize(
+    "option, value, part",
+    [
+        ("finetune", "https://example.org/model-0123abcd.pth", "is a URL"),
+        ("resume", "http://127.0.0.1/model-0123abcd.pth", "is a URL"),
+        ("output_dir", "s3://bucket/out", "is a URL"),
+        ("data_path", "https://example.org", "is a URL"),
+        ("finetune", "../weights.pth", 'climbs up by ".."'),
+        ("init_static", "a/../../weights.pth", 'climbs up by ".."'),
+        ("resume", "FOLDER/../weights.pth", 'climbs up by ".."'),
+        ("output_dir", "../../home", 'climbs up by ".."'),
+        ("log_dir", "..", 'climbs up by ".."'),
+        ("data_path", "/data/../etc", 'climbs up by ".."'),
+        ("eval_data_path", "../data", 'climbs up by ".."'),
+        ("resume", "/etc/weights.pth", "outside of the config's folder"),
+        ("finetune", "FOLDER-2/weights.pth", "outside of the config's folder"),
+        ("finetune", "FOLDER/link/weights.pth", "outside of the config's folder"),
+        ("dist_url", "tcp://example.org:1234", "on the command line only"),
+    ],
+)
+def test_a_config_reaches_nothing_elsewhere(where, option, value, part, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path)
+    text = json.dumps({option: value.replace("FOLDER", str(folder))})
+    if where == "recipe":
+        write_recipe(folder, "mine", text)
+    path = write(folder, text if where == "config" else '{"recipe": "mine"}')
+    with pytest.raises(ConfigError) as caught:
+        read_config(path)
+    assert f'"{option}" ' in str(caught.value) and part in str(caught.value) and str(folder) in str(caught.value)
+    # the command line is the user's own word
+    assert parse_command_line([f"--{option}", value])[1][option] == value
+
+
+def test_paths_that_a_config_may_name(tmp_path):
+    content = {
+        "finetune": "weights/a..b.pth", "init_static": "timm:resnet18", "resume": str(tmp_path / "a" / "b.pth"),
+        "data_path": "/data/imagenet", "output_dir": "/scratch/out", "log_dir": "tb", "eval_data_path": None,
+    }  # fmt: skip
+    assert read_config(write(tmp_path, json.dumps(content))) == content
 
 
 # content of the recipe -> what the message must hold
@@ -212,6 +262,16 @@ BAD_FILES = {
     "model with a path": ('{"model": "../../etc/passwd"}', "model"),
     "line break in a value": ('{"opt": "sgd\\nrm"}', "opt"),
     "zero byte": ('{"output_dir": "a\\u0000b"}', "output_dir"),
+    "lone surrogate": ('{"output_dir": "\\ud800"}', '"output_dir" holds a text that UTF-8 cannot'),
+    "lone surrogate in a list": ('{"layers": ["a", "\\udc80"]}', '"layers" holds a text that UTF-8 cannot'),
+    "lone surrogate in a name": (
+        '{"warehouses": {"\\udfff": {"layers": ["x"]}}}',
+        '"warehouses" holds a text that UTF-8 cannot',
+    ),
+    "lone surrogate in a key": ('{"\\ud800": 1}', r'unknown key "\ud800"'),
+    "escape sequence in a key": ('{"\\u001b[31mlr": 1}', r'unknown key "\x1b[31mlr"'),
+    "long key": (json.dumps({"a" * 900_000: 1}), 'unknown key "aaaaaa'),
+    "many keys": (json.dumps({str(number): 1 for number in range(60_000)}), 'unknown key "0"'),
     "config in a config": ('{"kw_config": "x.json"}', "kw_config"),
     "betas": ('{"opt_betas": [0.9]}', "opt_betas"),
     "byte order mark": (b"\xef\xbb\xbf{}", "byte order mark"),

@@ -212,7 +212,7 @@ def test_code_in_a_checkpoint_never_runs(kind, way, data, trained, tmp_path):
         (["detection/test.py", CONFIG, "none.pth"], "checkpoint 'none.pth': no such file"),
         (["detection/train.py", CONFIG, {"model.backbone.config": "resnet19"}], "unknown model 'resnet19'"),
         (["detection/train.py", CONFIG, {"default_hooks.checkpoint.max_keep_ckpts": 1}], "max_keep_ckpts 1"),
-        (["detection/infer.py", "none.png", CONFIG, "CHECKPOINT"], "image 'none.png' cannot be read"),
+        (["detection/infer.py", "none.png", CONFIG, "CHECKPOINT"], "image 'none.png': cannot be read"),
         pytest.param(
             ["detection/train.py", CONFIG, "--amp"],
             "--amp: mmengine's mixed precision needs a GPU",

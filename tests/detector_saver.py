@@ -1,0 +1,112 @@
+"""A training that saves all the time: mmengine's loop and this project's hook, on a model of one layer.
+
+    python tests/detector_saver.py WORK KEEP EPOCHS            train, or go on, until that epoch
+    python tests/detector_saver.py WORK KEEP EPOCHS TRIALS     the same in a child that is killed while it saves
+
+The latter is done TRIALS times, and then the training ends with one epoch more. After each of them it prints a JSON
+line: the names of the checkpoints, of those that cannot be read, and of the temporary files.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from startup import before_torch
+
+before_torch()
+
+import torch
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+
+from checkpoints import read
+from detection.hooks import newest_detector
+from models.config import ConfigError
+
+torch.set_num_threads(1)
+
+
+class Tiny(BaseModel):
+    """About half a megabyte of weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(400, 300)
+
+    def forward(self, inputs, mode="loss"):
+        return {"loss": self.layer(inputs).square().mean()}
+
+
+def train(work, keep, epochs):
+    path = newest_detector(work)
+    data = torch.utils.data.DataLoader([{"inputs": torch.ones(400)}] * 2, batch_size=2)
+    hooks = {"checkpoint": {"type": "SafeCheckpointHook", "interval": 1, "max_keep_ckpts": keep}}
+    runner = Runner(
+        Tiny(), str(work), train_dataloader=data, train_cfg={"by_epoch": True, "max_epochs": epochs},
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.01, "momentum": 0.9}}, default_hooks=hooks,
+        load_from=None if path is None else str(path), resume=path is not None, default_scope="mmdet",
+        log_level="ERROR", experiment_name=f"run{time.time_ns()}",
+    )  # fmt: skip
+    runner.train()
+
+
+def found(work):
+    paths, bad = sorted(Path(work).glob("*.pth")), []
+    for path in paths:
+        try:
+            read(path)
+        except ConfigError:
+            bad.append(path.name)
+    left = [path.name for path in Path(work).glob(".*.tmp")]
+    return {"checkpoints": [path.name for path in paths], "bad": bad, "temporary": left}
+
+
+def newest(work):
+    """The time of the last checkpoint; 0 where there is none."""
+    times = [0]
+    for path in Path(work).glob("*.pth"):
+        # another process may remove it at any moment
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime_ns)
+    return max(times)
+
+
+def killed(work, keep, epochs):
+    """Train in a child, and kill it soon after its first checkpoint; returns whether it was killed."""
+    before = newest(work)
+    pid = os.fork()
+    if pid == 0:
+        train(work, keep, epochs)
+        os._exit(0)
+    deadline = time.monotonic() + 60
+    while newest(work) == before and time.monotonic() < deadline:
+        time.sleep(0.001)
+    # a save takes some tens of milliseconds
+    time.sleep(random.uniform(0, 0.2))
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    return os.WIFSIGNALED(status)
+
+
+def main():
+    work, keep, epochs, *trials = sys.argv[1:]
+    if not trials:
+        train(work, int(keep), int(epochs))
+        return
+    random.seed(0)
+    for _ in range(int(trials[0])):
+        was_killed = killed(work, int(keep), int(epochs))
+        print(json.dumps({"killed": was_killed, **found(work)}), flush=True)
+    last = int(newest_detector(work).stem.removeprefix("epoch_"))
+    train(work, int(keep), last + 1)
+    print(json.dumps({"last": last + 1, **found(work)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
