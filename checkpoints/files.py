@@ -11,11 +11,12 @@ from typing import IO, Any
 import torch
 
 from models.config import ConfigError
+from models.download import sha256_of
 from models.reader import read_checkpoint
 from models.safetensors_file import to_safetensors
 from utils import check_target, replace_file
 
-from .manifest import forget, sha256_of, verify
+from .manifest import forget, verify
 
 # 2: saved within an epoch, too; with the run and its updates. Both are read.
 FORMAT = 2

@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 
 from models.config import ConfigError
+from models.download import sha256_of
 from utils import gather, is_main_process, log, share
 
 from .files import copy_checkpoint, read, write_checkpoint
 from .manifest import NAME as MANIFEST
-from .manifest import Manifest, sha256_of
+from .manifest import Manifest
 from .state import position_of
 from .weights import ema_state
 

@@ -4,12 +4,12 @@
 reveals any other change, too.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from models.config import ConfigError
+from models.download import sha256_of
 from utils import replace_file
 
 NAME = "manifest.json"
@@ -100,9 +100,3 @@ def verify(path: Path) -> None:
         f"{path}: damaged or replaced after it was saved: its SHA-256 is not that in {NAME} beside it; use another "
         f"copy (or remove {NAME}, if you replaced the file yourself)"
     )
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,6 @@ from urllib.parse import quote, urlsplit
 
 from models.config import ConfigError
 from models.messages import first_line
-from models.reader import check_scheme
 
 from .fetching import read_small
 
@@ -59,11 +58,11 @@ def find_shards(args: argparse.Namespace, is_train: bool) -> ShardList:
     if not root:
         raise ConfigError(f"--data_set {args.data_set} needs --data_path, the folder or the URL that holds the shards")
     try:
-        check_scheme(root)
-        urlsplit(root)
+        scheme = urlsplit(root).scheme if "://" in root else "https"
     except ValueError as error:
-        text = str(error)
-        raise ConfigError(f"{option} {text if root in text else f'{root}: {text}'}") from None
+        raise ConfigError(f"{option} {root}: {error}") from None
+    if scheme not in ("http", "https"):
+        raise ConfigError(f"{option} {root}: {scheme}:// is not supported; fetch the shards and give their folder")
     if is_pattern(root):
         if not is_train and option == "--data_path":
             raise ConfigError(

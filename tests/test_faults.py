@@ -6,6 +6,7 @@ The names F1 to F30 are those of the catalogue in results/faults.md, whose numbe
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -445,8 +446,6 @@ def test_changed_options_are_told_or_refused(change, stopped, tmp_path, capsys):
     common = {"model": "kw_test_resnet", **KW, "epochs": 1, "save_interval": 5, "output_dir": folder}
     assert main.main(quick(**{**common, **options})) == code
     out = capsys.readouterr()
-    import re
-
     assert re.search(text, out.err if code else out.out)
     if code:
         assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".run.lock"} == {
@@ -464,16 +463,32 @@ def test_an_evaluation_with_another_attention_function_is_refused(stopped, capsy
 
 
 MADE_BY_HAND = {
-    "epoch -7": {"epoch": -7}, "epoch nan": {"epoch": float("nan")}, "epoch text": {"epoch": "3"},
-    "format 99": {"format": 99}, "format text": {"format": "x"}, "best nan": {"best": {"acc1": float("nan"), "acc1_ema": None}},
-    "best list": {"best": [1]}, "rng none": {"rng": None}, "rng empty": {"rng": [{}]}, "rng text": {"rng": ["x"]},
-    "optimizer text": {"optimizer": "x"}, "optimizer empty": {"optimizer": {}}, "scaler list": {"scaler": [1]},
-    "progress text": {"progress": "x"}, "progress empty": {"progress": {}}, "progress negative": {"progress": {"update": -1}},
-    "temperature text": {"temperature": "x"}, "temperature nan": {"temperature": float("nan")}, "args list": {"args": [1]},
-    "model none": {"model": None}, "images text": {"images_per_update": {"images": "x", "target": "y"}},
-    "images zero": {"images_per_update": {"images": 0, "target": 0}}, "best_epoch text": {"best_epoch": {"acc1": "x"}},
-    "run list": {"run": [1]}, "world text": {"world_size": "x"},
-}  # fmt: skip
+    "epoch -7": {"epoch": -7},
+    "epoch nan": {"epoch": float("nan")},
+    "epoch text": {"epoch": "3"},
+    "format 99": {"format": 99},
+    "format text": {"format": "x"},
+    "best nan": {"best": {"acc1": float("nan"), "acc1_ema": None}},
+    "best list": {"best": [1]},
+    "rng none": {"rng": None},
+    "rng empty": {"rng": [{}]},
+    "rng text": {"rng": ["x"]},
+    "optimizer text": {"optimizer": "x"},
+    "optimizer empty": {"optimizer": {}},
+    "scaler list": {"scaler": [1]},
+    "progress text": {"progress": "x"},
+    "progress empty": {"progress": {}},
+    "progress negative": {"progress": {"update": -1}},
+    "temperature text": {"temperature": "x"},
+    "temperature nan": {"temperature": float("nan")},
+    "args list": {"args": [1]},
+    "model none": {"model": None},
+    "images text": {"images_per_update": {"images": "x", "target": "y"}},
+    "images zero": {"images_per_update": {"images": 0, "target": 0}},
+    "best_epoch text": {"best_epoch": {"acc1": "x"}},
+    "run list": {"run": [1]},
+    "world text": {"world_size": "x"},
+}
 HARMLESS = {"scaler list", "best_epoch text", "run list", "world text", "args list"}
 
 
