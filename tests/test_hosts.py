@@ -1,0 +1,130 @@
+"""Two machines, as two network namespaces: they meet, one is lost and comes back, is lost for good, or cannot be reached."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+from faults import measured
+from helpers import ROOT, quick, read_log, started
+from states import difference_of
+from test_faults_of_processes import ENVIRONMENT, RUN, position, wait_for
+
+from checkpoints import read
+
+HOSTS = {"A": "10.77.0.1", "B": "10.77.0.2"}
+PORT = 29471
+
+
+def ip(*words, check=True):
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=check)
+
+
+@pytest.fixture
+def network():
+    """Host -> its namespace; the two are joined by a link."""
+    names = {host: f"faults{os.getpid()}{host}" for host in HOSTS}
+    if ip("netns", "add", names["A"], check=False).returncode:
+        pytest.skip("network namespaces cannot be made here")
+    try:
+        ip("netns", "add", names["B"])
+        ip("link", "add", "toA", "netns", names["A"], "type", "veth", "peer", "name", "toB", "netns", names["B"])
+        for host, name in names.items():
+            device = f"to{host}"
+            ip("-n", name, "addr", "add", f"{HOSTS[host]}/24", "dev", device)
+            ip("-n", name, "link", "set", device, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names.values():
+            for pid in ip("netns", "pids", name, check=False).stdout.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            ip("netns", "del", name, check=False)
+
+
+def host(network, name, nodes, processes, options):
+    """scripts/launch.sh on a host. Both have one name here, so each is told whether the meeting point is its own."""
+    settings = "join_timeout=60,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
+    environment = {
+        "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"to{name}", "NODES": nodes, "PROCESSES": str(processes),
+        "HEAD": f"{HOSTS['A']}:{PORT}", "INTERVAL": "0.2",
+        "TORCHRUN": f"--rdzv-conf is_host={int(name == 'A')},{settings} --local-addr {HOSTS[name]}",
+    }  # fmt: skip
+    command = ["ip", "netns", "exec", network[name], "bash", ROOT / "scripts/launch.sh", *quick(**options)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return started(command, ENVIRONMENT | environment, **pipes)
+
+
+def lose(network, name):
+    """End all processes of a host at once."""
+    for pid in ip("netns", "pids", network[name]).stdout.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_machine_is_lost_and_comes_back(network, tmp_path):
+    """F19"""
+    options = {**RUN, "epochs": 6, "batch_size": 16, "timeout": 20, "output_dir": tmp_path}
+    with host(network, "A", "2", 2, options) as first:
+        with host(network, "B", "2", 2, options):
+            wait_for(lambda: position(tmp_path) >= 5)
+            begun = time.monotonic()
+            lose(network, "B")
+        time.sleep(4)
+        with host(network, "B", "2", 2, options) as again:
+            out, _ = first.communicate(timeout=300)
+            again.communicate(timeout=60)
+    wall = time.monotonic() - begun
+    assert first.returncode == 0 == again.returncode, out
+    assert "on 4 x cpu" in out and "resuming from" in out
+    assert [row["epoch"] for row in read_log(tmp_path)] == list(range(6))
+    measured("F19", f"finished with 4 of 4 processes, {wall:.0f} s after the loss")
+
+
+@pytest.mark.slow
+def test_a_machine_is_lost_for_good(network, tmp_path):
+    """F20: half of the processes go on from the checkpoint, with as many images an update."""
+    options = {**RUN, "epochs": 6, "batch_size": 16, "timeout": 20, "output_dir": tmp_path}
+    with host(network, "A", "1:2", 2, options) as first, host(network, "B", "1:2", 2, options):
+        wait_for(lambda: position(tmp_path) >= 5)
+        world = read(max(tmp_path.glob("checkpoint-0-*.pth"), key=os.path.getmtime))["world_size"]
+        begun = time.monotonic()
+        lose(network, "B")
+        out, _ = first.communicate(timeout=300)
+    wall = time.monotonic() - begun
+    assert first.returncode == 0 and world == 4, out
+    last = read(tmp_path / "checkpoint-5.pth")
+    assert last["world_size"] == 2 and last["images_per_update"] == {"images": 64, "target": 64}
+    assert re.search(r"2 processes: 16 x 2 x 2 = 64 images an update as before, not 16 x 1 x 2 = 32", out)
+    assert [row["epoch"] for row in read_log(tmp_path)] == list(range(6))
+    measured("F20", f"4 -> 2 processes, 64 images an update before and after, finished {wall:.0f} s after the loss")
+
+
+@pytest.mark.slow
+def test_the_link_goes_down_and_comes_back(network, tmp_path):
+    """F20: both wait no longer than the time-out, and go on when they can reach each other."""
+    options = {**RUN, "epochs": 6, "timeout": 5, "output_dir": tmp_path}
+    with host(network, "A", "2", 1, options) as first, host(network, "B", "2", 1, options) as second:
+        wait_for(lambda: position(tmp_path) >= 5)
+        begun = time.monotonic()
+        ip("-n", network["B"], "link", "set", "toB", "down")
+        time.sleep(12)
+        ip("-n", network["B"], "link", "set", "toB", "up")
+        out, _ = first.communicate(timeout=300)
+        wall = time.monotonic() - begun
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            second.communicate(timeout=30)
+    assert "another process of the run did not answer in time" in out or "another process of the run ended" in out
+    state = max(tmp_path.glob("checkpoint-*.pth"), key=os.path.getmtime)
+    if first.returncode == 0:
+        assert [row["epoch"] for row in read_log(tmp_path)] == list(range(6))
+        measured("F20", f"link down for 12 s: finished after {wall:.0f} s")
+    else:
+        # the meeting point was out of reach too long: what was saved is good
+        assert difference_of(read(state), read(state)) == []
+        measured("F20", f"link down for 12 s: ended after {wall:.0f} s, with a checkpoint")
