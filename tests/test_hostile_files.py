@@ -277,7 +277,7 @@ def test_the_made_archive_is_a_checkpoint(tmp_path):
         (Claim(), "x"),
         (Claim(), None),
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, Claim) else str(value),
 )
 def test_false_numbers_of_a_tensor(claim, numel, tmp_path):
     """Whether a number is refused or without effect: no traceback, and never more memory than the file is large."""
