@@ -135,6 +135,8 @@ class Trainer:
         self.signals.defer()
         for epoch in range(first, self.args.epochs):
             self._epoch(epoch)
+        if self.folder is not None:
+            self.folder.wait()
         self.run_log.close()
         log(f"trained {max(0, self.args.epochs - first)} epochs in {time.perf_counter() - started:.0f} s")
         for name, value in self.resumed.best.items():
@@ -175,7 +177,7 @@ class Trainer:
             if due or improved:
                 state = self._state(epoch)
             if due:
-                if self.folder.save(state, epoch, best=improved):
+                if self.folder.save(state, epoch, best=improved, wait=args.wandb_ckpt):
                     self.run_log.checkpoint(self.folder.path / f"checkpoint-{epoch}.pth")
                 self._saved = time.monotonic()
             elif improved:
@@ -220,7 +222,8 @@ class Trainer:
             about = "nothing was saved, since --save_ckpt is false"
         if self.folder is not None and self.args.save_ckpt and self.loaders.positioned:
             self._require_finite(progress.epoch)
-            saved = self.folder.save(self._state(progress.epoch, progress), progress.epoch, progress.update)
+            state = self._state(progress.epoch, progress)
+            saved = self.folder.save(state, progress.epoch, progress.update, wait=stop)
             self._saved = time.monotonic()
             about = "the last updates were not saved; the same command continues from the checkpoint before them"
             if saved:

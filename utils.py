@@ -278,7 +278,7 @@ def check_target(path: str | Path) -> Path:
     try:
         # the name of the temporary file is longer, and may be too long
         with tempfile.TemporaryFile(dir=path.parent), contextlib.suppress(FileNotFoundError):
-            _beside(path).stat()
+            beside(path).stat()
         return path
     except OSError as error:
         if not path.parent.exists():
@@ -312,7 +312,7 @@ def errors_name(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
     """The temporary file that becomes `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
@@ -323,14 +323,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Whenever the process dies, `path` holds either the old file or the whole new one.
     """
-    temporary = _beside(path)
+    temporary = beside(path)
     try:
         yield temporary
-        _flush_to_disk(temporary)
-        os.replace(temporary, path)
-        _flush_to_disk(path.parent)
+        put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Replace `path` by a file that is written whole; on the disk, one follows the other in this order."""
+    _flush_to_disk(temporary)
+    os.replace(temporary, path)
+    _flush_to_disk(path.parent)
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -14,7 +14,7 @@ from models.config import ConfigError
 from models.download import sha256_of
 from models.reader import read_checkpoint
 from models.safetensors_file import to_safetensors
-from utils import check_target, replace_file
+from utils import beside, check_target, put_in_place, replace_file
 
 from .manifest import forget, verify
 
@@ -44,6 +44,37 @@ def replace_checkpoint(path: Path, write: Callable[[IO[bytes]], Any]) -> str:
     forget(path)
     replace_file(path, write, lambda written: digests.append(_verified(written)))
     return digests[0]
+
+
+def write_aside(path: Path, state: dict[str, Any]) -> Path:
+    """Write a checkpoint beside `path`, for `finish`; returns the temporary file.
+
+    Raises:
+        OSError, RuntimeError: writing failed; nothing is left of it.
+    """
+    temporary = beside(path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def finish(temporary: Path, path: Path) -> str:
+    """Verify a checkpoint that was written aside, and put it in its place; returns its SHA-256.
+
+    Raises:
+        OSError, zipfile.BadZipFile: that failed; the older file is intact, and nothing is left of the new one.
+    """
+    try:
+        digest = _verified(temporary)
+        forget(path)
+        put_in_place(temporary, path)
+        return digest
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def copy_checkpoint(source: Path, path: Path, digest: str) -> None:

@@ -6,12 +6,14 @@ first process reads and writes the folder, and all processes learn the outcome.
 
 import argparse
 import contextlib
+import functools
 import math
 import re
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from models.config import ConfigError
 from models.download import sha256_of
 from utils import gather, is_main_process, log, share
 
-from .files import copy_checkpoint, read, write_checkpoint
+from .files import copy_checkpoint, finish, read, write_aside, write_checkpoint
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest
 from .state import position_of
@@ -32,6 +34,8 @@ from .weights import ema_state
 BEST = {"acc1": "checkpoint-best.pth", "acc1_ema": "checkpoint-best-ema.pth"}
 # a damaged newest checkpoint costs no more than the work since the one before
 AT_LEAST = 2
+# saves of this process that are not in their places yet
+_JOBS: set[Future] = set()
 # (epoch, updates of it that are done); infinite for a whole epoch with its evaluation
 Position = tuple[int, float]
 
@@ -169,6 +173,10 @@ def find(args: argparse.Namespace, output: Path | None) -> tuple[dict[str, Any] 
     Raises:
         ConfigError: it cannot be read, or the processes do not all see the same file.
     """
+    for job in list(_JOBS):
+        # of an earlier run in this process
+        job.result()
+    _JOBS.clear()
     path = args.resume or None
     starts = args.eval and (args.finetune or args.init_static)
     if path is None and args.auto_resume and output is not None and not starts:
@@ -210,6 +218,7 @@ class RunFolder:
         self._manifest = Manifest(path)
         # best checkpoints that could not be written yet
         self._pending: dict[str, dict[str, Any]] = {}
+        self._pool, self._job = ThreadPoolExecutor(1, "save"), None
 
     def begin(self, checkpoint: dict[str, Any] | None, path: str | Path | None) -> None:
         """Take over the folder: clean it up, and keep what this run does not continue apart.
@@ -256,7 +265,9 @@ class RunFolder:
         entry = self._manifest.files.get(path.name)
         return _listed(entry) if entry is not None else position_of(_content(path)) or otherwise
 
-    def save(self, state: dict[str, Any], epoch: int, update: int | None = None, best: Iterable[str] = ()) -> bool:
+    def save(
+        self, state: dict[str, Any], epoch: int, update: int | None = None, best: Iterable[str] = (), wait: bool = True
+    ) -> bool:
         """Save a checkpoint, and the best ones; delete old ones only after that.
 
         A failure prints a warning, and the run continues with the older files intact. A best checkpoint that could not
@@ -266,24 +277,47 @@ class RunFolder:
             state: of `training_state`; other processes than the first may give any value.
             epoch, update: position of the state; update None: the epoch is whole.
             best: those of `BEST` for which this state is the best so far.
+            wait: whether to verify the file, flush it to the disk and put it in its place before this returns;
+                otherwise a thread does so while the run goes on, and the next save waits for it.
 
         Returns:
-            Whether the checkpoint was saved, on all processes.
+            Whether the checkpoint was saved, or, without `wait`, written, on all processes.
         """
-        saved = False
+        saved, best = False, set(best)
         if is_main_process():
+            self.wait()
             name = file_name(epoch, update)
-            saved = self._write(name, lambda path: write_checkpoint(path, state), epoch, update)
-            for which in best:
-                self._pending[which] = _copied(state) if not saved else state
-            self._write_pending(name if saved else None, set(best))
-            if saved:
-                self._prune()
+            temporary = self._try(name, lambda: write_aside(self.path / name, state))
+            if temporary is not None:
+                later = functools.partial(self._complete, name, temporary, epoch, update)
+                if wait or best or self._pending:
+                    saved = later()
+                else:
+                    self._job, saved = self._pool.submit(later), True
+                    _JOBS.add(self._job)
+            self._pending |= dict.fromkeys(best, state if saved else _copied(state))
+            if self._pending:
+                self._write_pending(name if saved else None, best)
         return share(saved)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is in its place."""
+        if self._job is not None:
+            self._job.result()
+            _JOBS.discard(self._job)
+            self._job = None
+
+    def _complete(self, name: str, temporary: Path, epoch: int, update: int | None) -> bool:
+        """Put a checkpoint that was written aside in its place, list it, and delete what is not needed any more."""
+        saved = self._write(name, functools.partial(finish, temporary), epoch, update)
+        if saved:
+            self._prune()
+        return saved
 
     def save_best(self, state: dict[str, Any], best: Iterable[str]) -> None:
         """Save best checkpoints of a state that is not saved otherwise."""
         if is_main_process():
+            self.wait()
             self._pending |= dict.fromkeys(best, state)
             self._write_pending(None, set())
             self._pending = {which: _copied(state) for which, state in self._pending.items()}

@@ -1,4 +1,4 @@
-"""Two machines, as two network namespaces: they meet, one is lost and comes back, or for good, or the link goes down."""
+"""Two machines, as two network namespaces: one is lost and comes back, or for good, or the link goes down."""
 
 import contextlib
 import os
