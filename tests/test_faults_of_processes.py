@@ -406,7 +406,7 @@ def test_cost_of_a_save(tmp_path):
     bare, ours, whole = (statistics.median(values) for values in times.values())
     measured(
         "F3",
-        f"a save of 100 MB holds the run up {ours / bare:.2f} times as long as a bare torch.save ({bare * 1000:.0f} ms) "
+        f"a save of 100 MB holds the run up {ours / bare:.2f} times a bare torch.save ({bare * 1000:.0f} ms) "
         f"and is whole after {whole / bare:.2f} times",
     )
     assert ours < 1.5 * bare
