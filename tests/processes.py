@@ -12,28 +12,31 @@ from helpers import free_port
 PATIENCE = 180  # seconds
 
 
-def in_two_processes(worker, *arguments, grouped=True):
-    """[worker(0, *arguments), worker(1, *arguments)], each in a process with one thread.
+def in_two_processes(worker, *arguments, grouped=True, world=2):
+    """[worker(0, *arguments), worker(1, *arguments)], each in a process with one thread; `world` of them.
 
     worker: a function of a module; what it returns must be picklable.  grouped: whether the two are a group of
     `torch.distributed` over gloo.  An error in one of them is raised here and ends both.
     """
     with tempfile.TemporaryDirectory() as folder:
-        own = (Path(folder), free_port() if grouped else None, worker, arguments)
-        workers, deadline = torch.multiprocessing.spawn(_run, own, nprocs=2, join=False), time.monotonic() + PATIENCE
+        own = (Path(folder), free_port() if grouped else None, world, worker, arguments)
+        workers, deadline = (
+            torch.multiprocessing.spawn(_run, own, nprocs=world, join=False),
+            time.monotonic() + PATIENCE,
+        )
         # returns at every process that ends, and raises where one failed
         while not workers.join(timeout=1):
             if time.monotonic() > deadline:
                 for process in workers.processes:
                     process.kill()
                 raise TimeoutError(f"{worker.__name__}: not done after {PATIENCE} s")
-        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(2)]
+        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]
 
 
-def _run(rank, folder, port, worker, arguments):
+def _run(rank, folder, port, world, worker, arguments):
     torch.set_num_threads(1)
     if port is not None:
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     (folder / str(rank)).write_bytes(pickle.dumps(worker(rank, *arguments)))
     if dist.is_initialized():
         dist.barrier()

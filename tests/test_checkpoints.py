@@ -19,6 +19,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from faults import measured
 from helpers import KW, METHODS, METHODS_OF_RUNS, ROOT, make_image_folder, quick, read_log, words
 
 import engine
@@ -94,6 +95,7 @@ def test_truncated_newest_falls_back(tmp_path, state, capsys):
         newest.write_bytes(whole[: len(whole) * part // 64])
         assert newest_checkpoint(tmp_path).name == "checkpoint-1.pth"
         assert str(newest) in capsys.readouterr().out
+    measured("F7", "64 of 64")
 
 
 def test_flipped_bit_falls_back(tmp_path, state):
@@ -119,6 +121,7 @@ def test_none_good_is_an_error(tmp_path):
         (tmp_path / name).write_bytes(b"PK")
     with pytest.raises(ConfigError, match="none of its 3 checkpoints"):
         newest_checkpoint(tmp_path)
+    measured("F9", "an error that names the folder")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"<html></html>", b"\x80\x02}q\x00.", os.urandom(2000)])
@@ -419,6 +422,7 @@ def test_evaluation_prints_what_training_logged(method, run_of, images, capsys):
     assert main.main(quick(**common, resume=best)) == 0
     assert f"* Acc@1 {line['best_acc1_ema']:.3f} " in capsys.readouterr().out
     # the newest of a folder
+    measured("F30", f"{method}: the evaluation prints what the training logged, weights and average")
     assert main.main(quick(**common, output_dir=unbroken)) == 0
     assert f"* Acc@1 {line['test_acc1']:.3f} " in capsys.readouterr().out
 

@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+from faults import measured
 from helpers import ROOT, finish
 
 pytest.importorskip("mmdet", reason="requirements-detection.txt is not installed")
@@ -35,6 +36,7 @@ def test_killed_at_random(keep, trials, tmp_path):
     assert all(keep <= len(row["checkpoints"]) <= keep + 1 for row in rows[1:]) and rows[0]["checkpoints"]
     # what an earlier kill left is removed at the next start
     assert all(len(row["temporary"]) <= 1 for row in rows)
+    measured("F27", f"{trials} kills with {keep} files to keep: 0 folders do not resume")
     kept = [f"epoch_{epoch}.pth" for epoch in range(end["last"] - keep + 1, end["last"] + 1)]
     assert end == {"last": end["last"], "checkpoints": sorted(kept), "bad": [], "temporary": []}
 

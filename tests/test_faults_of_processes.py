@@ -3,6 +3,7 @@
 The names F1 to F30 are those of the catalogue in results/faults.md, whose numbers these tests print.
 """
 
+import argparse
 import contextlib
 import os
 import random
@@ -19,10 +20,14 @@ import pytest
 import torch
 from faults import measured
 from helpers import ROOT, finish, free_port, quick, read_log, started
+from processes import in_two_processes
 from states import difference_of
+from torch.utils.data import DataLoader, TensorDataset
 
 import main
 from checkpoints import RunFolder, newest_checkpoint, read, remove_stale_files
+from engine import evaluate
+from loading.sampling import EvalSampler
 from utils import make_folder
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -253,6 +258,36 @@ def test_no_shared_memory(tmp_path):
     wall = time.monotonic() - begun
     assert done.returncode == 1 and "error: loading images failed" in done.stderr and "/dev/shm" in done.stderr
     measured("F16", f"1 MB of shared memory: an error, {wall:.0f} s after the start")
+
+
+def _evaluated(rank, world):
+    """The counts of an evaluation of 1, 5, 10 and 1001 images by this process and the others."""
+    args = argparse.Namespace(channels_last=False, timeout=60, use_amp=False, amp_dtype="auto", dist_eval=world > 1)
+    counts = []
+    for size in (1, 5, 10, 1001):
+        generator = torch.Generator().manual_seed(0)
+        data = TensorDataset(torch.randn(size, 6, generator=generator), torch.arange(size) % 6)
+        loader = DataLoader(data, 16, sampler=EvalSampler(size, rank, world))
+        result = evaluate(torch.nn.Flatten(), loader, args=args, device=torch.device("cpu"))
+        counts.append([result[name] for name in ("correct1", "correct5", "count")])
+    return counts
+
+
+@pytest.mark.parametrize("world", [2, 3, *(pytest.param(world, marks=pytest.mark.slow) for world in (4, 8))])
+def test_evaluation_by_any_number_of_processes(world):
+    """F25: images are not repeated to make the processes' parts equal."""
+    (alone,) = in_two_processes(_evaluated, 1, grouped=False, world=1)
+    assert [count for *_, count in alone] == [1, 5, 10, 1001] and 0 < alone[-1][0] < 1001
+    assert in_two_processes(_evaluated, world, world=world) == [alone] * world
+    measured("F25", f"{world} processes: equal counts for 1, 5, 10 and 1001 images")
+
+
+def test_without_assertions(tmp_path):
+    """F29: the weights overflow, and python -O ends the run all the same."""
+    options = quick(opt="sgd", lr=1e30, min_lr=1e30, output_dir=tmp_path)
+    done = finish([sys.executable, "-O", ROOT / "main.py", *options], 60, ENVIRONMENT)
+    assert done.returncode == 1 and "not finite" in done.stderr and not list(tmp_path.glob("checkpoint*"))
+    measured("F29", "weights that are not finite end the run")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import zipfile
 
 import pytest
 import torch
+from faults import measured
 from helpers import KW, ROOT, finish, quick, words
 
 import main
@@ -462,6 +463,7 @@ def test_a_mistake_is_refused_before_anything_slow(case, bad_files, capsys, monk
     start = time.process_time()
     assert part in refused(capsys, arguments)
     assert time.process_time() - start < 1
+    measured("F26", "38 of 38 refused by key, each mistake alone")
 
 
 def test_a_mistake_is_refused_without_assertions_too(bad_files):
@@ -475,6 +477,7 @@ def test_a_mistake_is_refused_without_assertions_too(bad_files):
     assert len(lines) == len(cases)
     for line, (case, (_, part)) in zip(lines, cases.items()):
         assert line.startswith("error: ") and part in line, case
+    measured("F29", "the mistakes of F26 are refused")
 
 
 @pytest.mark.slow
@@ -539,6 +542,7 @@ def test_code_in_a_checkpoint_never_runs(way, legacy, slot, tmp_path, serve, mon
     line = refused(capsys, arguments_of(way, path, serve))
     assert ("evil.pth" if way != "output_dir" else str(tmp_path / "out")) in line
     assert not (tmp_path / "ran").exists()
+    measured("F10", "never ran, in this process")
 
 
 @pytest.mark.slow
@@ -555,6 +559,7 @@ def test_code_in_a_checkpoint_never_runs_in_a_process(way, legacy, slot, trap, t
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and ("evil.pth" if way != "output_dir" else str(tmp_path / "out")) in lines[0]
     assert not (tmp_path / "ran").exists()
+    measured("F12", "never ran, with and without the variable")
 
 
 def test_code_in_texts_of_a_checkpoint_never_runs(tmp_path, capsys, monkeypatch):
@@ -578,6 +583,7 @@ def test_code_in_texts_of_a_checkpoint_never_runs(tmp_path, capsys, monkeypatch)
         assert main.main(words(resume=tmp_path / "texts.pth", device="cpu", num_workers=0, epochs=1)) in (0, 2)
         assert "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "ran").exists() and "antigravity" not in sys.modules
+    measured("F11", "never ran")
 
 
 @pytest.mark.parametrize(
