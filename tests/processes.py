@@ -1,4 +1,4 @@
-"""Runs a function in two processes that belong together, as those of a training run."""
+"""Runs a function in processes that belong together, as those of a training run."""
 
 import pickle
 import tempfile
@@ -12,7 +12,7 @@ from helpers import free_port
 PATIENCE = 180  # seconds
 
 
-def in_two_processes(worker, *arguments, grouped=True, world=2):
+def in_processes(worker, *arguments, grouped=True, world=2):
     """[worker(0, *arguments), worker(1, *arguments)], each in a process with one thread; `world` of them.
 
     worker: a function of a module; what it returns must be picklable.  grouped: whether the two are a group of

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from helpers import KW
-from processes import in_two_processes
+from processes import in_processes
 from timm.utils import ModelEmaV3
 from tolerance import difference
 from torch import nn
@@ -244,7 +244,7 @@ def _train_rank(rank):
 
 def test_two_processes_train_as_one_and_stop_as_one(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    (trained, _), ((first, error), (second, other_error)) = zip(*in_two_processes(_train_rank), strict=True)
+    (trained, _), ((first, error), (second, other_error)) = zip(*in_processes(_train_rank), strict=True)
     # two processes with batches of 8 and 2 steps are one with 32
     single = small_model("kw_test_convnext")
     train(single, options(opt="sgd", lr=0.01, batch_size=32, epochs=2))

@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ import pytest
 import torch
 from faults import measured
 from helpers import ROOT, finish, free_port, quick, read_log, started
-from processes import in_two_processes
+from processes import in_processes
 from states import difference_of
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -276,9 +275,9 @@ def _evaluated(rank, world):
 @pytest.mark.parametrize("world", [2, 3, *(pytest.param(world, marks=pytest.mark.slow) for world in (4, 8))])
 def test_evaluation_by_any_number_of_processes(world):
     """F25: images are not repeated to make the processes' parts equal."""
-    (alone,) = in_two_processes(_evaluated, 1, grouped=False, world=1)
+    (alone,) = in_processes(_evaluated, 1, grouped=False, world=1)
     assert [count for *_, count in alone] == [1, 5, 10, 1001] and 0 < alone[-1][0] < 1001
-    assert in_two_processes(_evaluated, world, world=world) == [alone] * world
+    assert in_processes(_evaluated, world, world=world) == [alone] * world
     measured("F25", f"{world} processes: equal counts for 1, 5, 10 and 1001 images")
 
 
@@ -438,7 +437,8 @@ def test_cost_of_a_save(tmp_path):
         folder.wait()
         times["whole"].append(time.perf_counter() - begun)
         (tmp_path / f"bare-{epoch}.pth").unlink()
-    bare, ours, whole = (statistics.median(values) for values in times.values())
+    # the least: what else the machine does only adds to it
+    bare, ours, whole = map(min, times.values())
     measured(
         "F3",
         f"a save of 100 MB holds the run up {ours / bare:.2f} times a bare torch.save ({bare * 1000:.0f} ms) "

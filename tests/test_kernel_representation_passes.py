@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from layer_checks import counting_backend
 from naive_representation import LAYERS, SETTINGS, Net, assert_empty, image, make_net, relay_of
-from processes import in_two_processes
+from processes import in_processes
 from timm.utils import ModelEmaV3
 from tolerance import RELATIVE, assert_same, difference
 from torch.nn.parallel import DistributedDataParallel
@@ -272,7 +272,7 @@ def test_distributed_data_parallel(tmp_path):
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one():
     net = make_net()
-    gradients, _ = in_two_processes(_ddp_gradients, net.state_dict())
+    gradients, _ = in_processes(_ddp_gradients, net.state_dict())
     net(image(4)).square().mean().backward()
     for key, parameter in net.named_parameters():
         assert difference(gradients[key], parameter.grad) < 1e-10, key

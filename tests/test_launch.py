@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import KW, METHODS, METHODS_OF_RUNS, free_port, launch, make_image_folder, quick, read_log, started
-from processes import in_two_processes
+from processes import in_processes
 
 import main
 import utils
@@ -55,7 +55,7 @@ def trained(folder, tmp_path_factory):
     return output, done.stdout
 
 
-def test_training_in_two_processes(trained):
+def test_training_in_processes(trained):
     output, out = trained
     log = read_log(output)
     assert [line["epoch"] for line in log] == [0, 1]
@@ -222,7 +222,7 @@ def _gpu_worker(rank, port):
 
 def test_averages_on_the_cpu_with_several_gpus():
     """--model_ema_force_cpu: buffers and counts on the CPU go over another backend than NCCL."""
-    assert in_two_processes(_gpu_worker, free_port(), grouped=False) == [([1.0] * 3, [3])] * 2
+    assert in_processes(_gpu_worker, free_port(), grouped=False) == [([1.0] * 3, [3])] * 2
 
 
 def _ddp_worker(rank):
@@ -242,7 +242,7 @@ def _ddp_worker(rank):
 
 
 def test_buffers_are_each_process_s_own_until_the_end_of_an_epoch():
-    first, second = in_two_processes(_ddp_worker)
+    first, second = in_processes(_ddp_worker)
     assert first[0] == second[0] == 0, "buffers were broadcast in a forward pass"
     assert first[1] != second[1] and first[2] == second[2] == first[1] and first[3] == second[3]
 
@@ -263,7 +263,7 @@ def test_slurm_host_lists(hosts, first):
 
 
 @pytest.mark.parametrize("method", METHODS_OF_RUNS)
-def test_every_method_in_two_processes(method, folder, tmp_path, capsys):
+def test_every_method_in_processes(method, folder, tmp_path, capsys):
     """Trained through torchrun, evaluated by one process: the same numbers."""
     options = {**METHODS[method], "temp_epoch": 1, "epochs": 1, "update_freq": 2}
     done = launch(run_options(folder, **options, output_dir=tmp_path), "torchrun", processes=2)

@@ -10,7 +10,7 @@ import timm
 import torch
 from helpers import METHODS, replaced
 from layer_checks import counting_backend
-from processes import in_two_processes
+from processes import in_processes
 from timm.utils import ModelEmaV3
 from tolerance import assert_same, difference
 from torch import nn
@@ -221,7 +221,7 @@ def _ddp_gradients(rank, config, state):
 def test_two_processes_give_the_gradients_of_one(name):
     model = build_model(SMALL[name], num_classes=10)
     set_temperature(model, 0.5)
-    gradients, _ = in_two_processes(_ddp_gradients, SMALL[name], model.state_dict())
+    gradients, _ = in_processes(_ddp_gradients, SMALL[name], model.state_dict())
     model.double().eval()(image(4).double()).square().mean().backward()
     for key, parameter in model.named_parameters():
         # timm interpolates position embeddings in float32
