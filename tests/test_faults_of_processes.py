@@ -400,10 +400,10 @@ def test_a_bad_image_in_one_of_two_processes(tmp_path):
     assert not re.search(r"File \".*(main|engine|training)\.py\"", out), out
 
 
-@pytest.mark.parametrize("faults", [12, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("faults", [6, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_random_faults(faults, tmp_path):
     """A run that is killed, interrupted, short of disk, truncated and flipped ends as one without faults."""
-    epochs = faults + 20
+    epochs = faults + 6
     options = {**RUN, "epochs": epochs, "batch_size": 128, "save_interval": 3, "input_size": 8}
     folder, expected = tmp_path / "run", tmp_path / "expected"
     torch.set_num_threads(1)

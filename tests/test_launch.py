@@ -137,7 +137,7 @@ def test_nothing_outlives_a_test(tmp_path):
 
 
 def launcher(**options):
-    defaults = {"dist_url": "env://", "dist_on_itp": False, "local_rank": -1, "world_size": 1}
+    defaults = {"dist_url": "env://", "dist_on_itp": False, "local_rank": -1, "world_size": 1, "timeout": 60}
     return argparse.Namespace(**{**defaults, **options})
 
 

@@ -88,7 +88,7 @@ def test_wheel_holds_the_files_of_the_project(wheel):
     scripts = [ROOT / command.script for command in COMMANDS.values()]
     for path in [*files_of(".", "*.py"), *files_of("configs", "**/*.json"), *scripts]:
         expected[f"kernelwarehouse/app/{path.relative_to(ROOT).as_posix()}"] = path.read_bytes()
-    for folder in ("loading", "detection"):
+    for folder in ("checkpoints", "loading", "detection"):
         for path in files_of(folder, "**/*.py"):
             expected[f"kernelwarehouse/app/{path.relative_to(ROOT).as_posix()}"] = path.read_bytes()
     found = {name: data for name, data in content_of(wheel).items() if ".dist-info/" not in name}
