@@ -14,7 +14,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class Stopped(Exception):
     """A signal ended the run; the message says what was saved. `code` is the exit code: 130 for Ctrl-C, else 143."""
 
-    def __init__(self, number: int, about: str = "nothing was trained yet") -> None:
+    def __init__(self, number: int, about: str = "nothing was saved") -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}: {about}")
         self.code = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 

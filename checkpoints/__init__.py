@@ -8,6 +8,7 @@ A checkpoint is a dict of tensors, numbers, strings, lists and dicts:
 - `args`: all options; `images_per_update`: how an update was divided; `world_size`, `versions`, `run`, `format`.
 """
 
+from .choice import find, newest, newest_checkpoint, numbered_checkpoints
 from .comparison import compare
 from .files import (
     FORMAT,
@@ -19,7 +20,7 @@ from .files import (
     write_safetensors,
     write_weights,
 )
-from .folder import RunFolder, find, newest, newest_checkpoint, numbered_checkpoints, remove_stale_files
+from .folder import RunFolder, remove_stale_files
 from .manifest import Manifest
 from .settings import adopt, check_classes, check_size, model_settings, own_options
 from .state import EpochProgress, Live, Resumed, position_of, restore, rng_state, set_rng_state, training_state

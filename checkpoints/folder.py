@@ -1,204 +1,37 @@
-"""The checkpoints in the output folder of a run: names, the choice of one, and what is kept.
+"""The output folder of a run: what is saved there, under which names, and what is kept.
 
 `checkpoint-E.pth` was saved after epoch E and its evaluation, `checkpoint-E-U.pth` after U updates of epoch E. The
-first process reads and writes the folder, and all processes learn the outcome.
+first process writes the folder, and all processes learn the outcome.
 """
 
-import argparse
 import contextlib
 import functools
 import math
-import re
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from models.config import ConfigError
-from models.download import sha256_of
-from utils import gather, is_main_process, log, share
+from utils import is_main_process, log, share
 
-from .files import copy_checkpoint, finish, read, write_aside, write_checkpoint
+from .choice import BEST as BEST_NAME
+from .choice import JOBS, Position, content_of, listed, named
+from .files import copy_checkpoint, finish, write_aside, write_checkpoint
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest
 from .state import position_of
 from .weights import ema_state
 
 # written when the accuracy of the weights, or of the averaged weights, is the best so far
-BEST = {"acc1": "checkpoint-best.pth", "acc1_ema": "checkpoint-best-ema.pth"}
+BEST = {"acc1": BEST_NAME, "acc1_ema": "checkpoint-best-ema.pth"}
 # a damaged newest checkpoint costs no more than the work since the one before
 AT_LEAST = 2
-# saves of this process that are not in their places yet
-_JOBS: set[Future] = set()
-# (epoch, updates of it that are done); infinite for a whole epoch with its evaluation
-Position = tuple[int, float]
-
-
-def file_name(epoch: int, update: int | None = None) -> str:
-    """The name of a checkpoint: of a whole epoch, or of one in which `update` updates are done."""
-    return f"checkpoint-{epoch}.pth" if update is None else f"checkpoint-{epoch}-{update}.pth"
-
-
-def numbered_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(epoch, path) of the checkpoints of whole epochs, oldest first, by name. The epoch is a number: 10 is after 9."""
-    return [(int(epoch), path) for (epoch, update), path in _named(folder) if update == math.inf]
-
-
-def _named(folder: Path) -> list[tuple[Position, Path]]:
-    """(position, path) of all checkpoints but the best ones, by name, oldest first."""
-    found = []
-    for path in folder.glob("checkpoint-*.pth"):
-        match = re.fullmatch(r"checkpoint-(\d{1,18})(?:-(\d{1,18}))?\.pth", path.name)
-        if match:
-            found.append(((int(match[1]), int(match[2]) if match[2] else math.inf), path))
-    return sorted(found)
-
-
-def remove_stale_files(folder: Path) -> None:
-    """Remove the temporary files that killed processes left behind."""
-    for pattern in (".checkpoint*.tmp", ".manifest*.tmp", ".log*.tmp", ".steps*.tmp", ".curves*.tmp"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
-
-
-def newest(candidates: Iterable[Path], folder: str | Path, instead: str) -> Path | None:
-    """The first good one of some checkpoints, or None where there are none; logs those that are bad.
-
-    Args:
-        candidates: paths, the preferred one first.
-        folder: their folder, for the error message.
-        instead: how to start a new run, for the error message.
-
-    Raises:
-        ConfigError: there are checkpoints, and none is good.
-    """
-    candidates = list(candidates)
-    for path in candidates:
-        try:
-            read(path)
-        except ConfigError as error:
-            log(f"passing over a bad checkpoint: {error}")
-            continue
-        return path
-    if candidates:
-        raise ConfigError(
-            f"{folder}: none of its {len(candidates)} checkpoints can be read; restore one, or start anew with "
-            f"{instead}"
-        )
-    return None
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The good checkpoint of a folder that has come farthest, or None where there is none at all.
-
-    What counts is the position that a checkpoint holds, not its name, its time or that of another file. Bad ones and
-    those of another run are logged and skipped. All processes get the same answer.
-
-    Raises:
-        ConfigError: there are checkpoints, and none is good. Starting again from epoch 0 would lose the run.
-    """
-
-    def choose() -> Path | None:
-        return newest(_by_position(folder), folder, "another --output_dir or with --auto_resume false")
-
-    return _on_first_process(choose)
-
-
-def _on_first_process(choose: Callable[[], Any]) -> Any:
-    """What a function returns or raises on the first process, on all of them."""
-    answer, reason = None, None
-    if is_main_process():
-        try:
-            answer = choose()
-        except ConfigError as error:
-            reason = str(error)
-    answer, reason = share((answer, reason))
-    if reason:
-        raise ConfigError(reason)
-    return answer
-
-
-def _by_position(folder: Path) -> list[Path]:
-    """The checkpoints of a folder: bad ones, then the one that has come farthest, last those that tell no position."""
-    manifest = Manifest(folder)
-    if manifest.damaged:
-        log(f"note: {manifest.path} is damaged: the files are verified by their own checksums alone")
-    known: list[tuple[Position, Position, Path]] = []
-    unknown: list[Path] = []
-    bad: list[Path] = []
-    for by_name, path in _named(folder):
-        entry = manifest.files.get(path.name)
-        position = _listed(entry) if entry is not None else None
-        if position is None:
-            # the process died before it was listed, or an earlier version of this project wrote it
-            content = _content(path)
-            if content is None:
-                bad.append(path)
-                continue
-            own = content.get("run")
-            if own is not None and manifest.run is not None and own != manifest.run:
-                log(f"passing over {path}: it is of another run than {MANIFEST} beside it")
-                continue
-            position = position_of(content)
-        if position is None:
-            unknown.append(path)
-        else:
-            known.append((position, by_name, path))
-    best = [folder / name for name in BEST.values() if name == BEST["acc1"] and (folder / name).is_file()]
-    return bad[::-1] + [path for *_, path in sorted(known, reverse=True)] + unknown[::-1] + best
-
-
-def _listed(entry: dict[str, Any]) -> Position:
-    return entry["epoch"], math.inf if entry["update"] is None else entry["update"]
-
-
-def _content(path: Path) -> dict[str, Any] | None:
-    """The content of a checkpoint; None if it is bad."""
-    with contextlib.suppress(ConfigError):
-        return read(path)
-    return None
-
-
-def find(args: argparse.Namespace, output: Path | None) -> tuple[dict[str, Any] | None, str | Path | None]:
-    """The checkpoint to resume or to evaluate, and its path; (None, None) where there is none.
-
-    It is that of --resume, else the newest good one of the output folder.
-
-    Raises:
-        ConfigError: it cannot be read, or the processes do not all see the same file.
-    """
-    for job in list(_JOBS):
-        # of an earlier run in this process
-        job.result()
-    _JOBS.clear()
-    path = args.resume or None
-    starts = args.eval and (args.finetune or args.init_static)
-    if path is None and args.auto_resume and output is not None and not starts:
-        path = newest_checkpoint(output)
-    if path is None:
-        return None, None
-    log(f"{'evaluating' if args.eval else 'resuming from'} {path}")
-    _same_everywhere(path)
-    return read(path), path
-
-
-def _same_everywhere(path: str | Path) -> None:
-    """Refuse a checkpoint that is another file, or none, for some of the processes."""
-    if not dist.is_initialized() or "://" in str(path):
-        return
-    digests = gather(sha256_of(Path(path)) if Path(path).is_file() else None)
-    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if different:
-        raise ConfigError(
-            f"{path}: process {different[0]} sees another file than process 0, or none; the folder must be shared by "
-            "all machines"
-        )
 
 
 class RunFolder:
@@ -244,7 +77,7 @@ class RunFolder:
 
         Otherwise the next start would continue from the other run, where that one has come farther.
         """
-        later = [path for by_name, path in _named(self.path) if fresh or self._position(path, by_name) > position]
+        later = [path for by_name, path in named(self.path) if fresh or self._position(path, by_name) > position]
         best = [self.path / name for name in BEST.values() if (self.path / name).is_file()]
         later += [path for path in best if fresh or self._position(path, (0, 0)) > position]
         count = len(later)
@@ -263,7 +96,7 @@ class RunFolder:
 
     def _position(self, path: Path, otherwise: Position) -> Position:
         entry = self._manifest.files.get(path.name)
-        return _listed(entry) if entry is not None else position_of(_content(path)) or otherwise
+        return listed(entry) if entry is not None else position_of(content_of(path)) or otherwise
 
     def save(
         self, state: dict[str, Any], epoch: int, update: int | None = None, best: Iterable[str] = (), wait: bool = True
@@ -294,7 +127,7 @@ class RunFolder:
                     saved = later()
                 else:
                     self._job, saved = self._pool.submit(later), True
-                    _JOBS.add(self._job)
+                    JOBS.add(self._job)
             self._pending |= dict.fromkeys(best, state if saved else _copied(state))
             if self._pending:
                 self._write_pending(name if saved else None, best)
@@ -304,7 +137,7 @@ class RunFolder:
         """Wait until the last checkpoint is in its place."""
         if self._job is not None:
             self._job.result()
-            _JOBS.discard(self._job)
+            JOBS.discard(self._job)
             self._job = None
 
     def _complete(self, name: str, temporary: Path, epoch: int, update: int | None) -> bool:
@@ -355,10 +188,10 @@ class RunFolder:
             if which not in BEST or type(epoch) is not int:
                 continue
             path = self.path / BEST[which]
-            content = _content(path) if path.is_file() else None
+            content = content_of(path) if path.is_file() else None
             if content is not None and content.get("epoch") == epoch:
                 continue
-            source = _content(self.path / file_name(epoch))
+            source = content_of(self.path / file_name(epoch))
             if source is None:
                 log(f"warning: {path} is not that of epoch {epoch}, the best so far, which is not there any more")
                 continue
@@ -368,17 +201,17 @@ class RunFolder:
 
     def _prune(self) -> None:
         """Delete checkpoints that are not needed any more."""
-        listed = [(_listed(entry), name) for name, entry in self._manifest.files.items() if name not in BEST.values()]
-        listed.sort()
-        whole = [entry for entry in listed if entry[0][1] == math.inf]
+        entries = [(listed(entry), name) for name, entry in self._manifest.files.items() if name not in BEST.values()]
+        entries.sort()
+        whole = [entry for entry in entries if entry[0][1] == math.inf]
         kept = set(whole[-self.keep :])
         # within an epoch: what is newer than its last whole one, and as many older ones as make two
-        kept |= set([entry for entry in listed if not whole or entry[0] > whole[-1][0]][-AT_LEAST:])
-        for entry in reversed(listed):
+        kept |= set([entry for entry in entries if not whole or entry[0] > whole[-1][0]][-AT_LEAST:])
+        for entry in reversed(entries):
             if len(kept) >= AT_LEAST:
                 break
             kept.add(entry)
-        old = [name for position, name in listed if (position, name) not in kept]
+        old = [name for position, name in entries if (position, name) not in kept]
         for name in old:
             with contextlib.suppress(OSError):
                 (self.path / name).unlink(missing_ok=True)
@@ -398,6 +231,18 @@ class RunFolder:
                 file=sys.stderr, flush=True,
             )  # fmt: skip
             return None
+
+
+def file_name(epoch: int, update: int | None = None) -> str:
+    """The name of a checkpoint: of a whole epoch, or of one in which `update` updates are done."""
+    return f"checkpoint-{epoch}.pth" if update is None else f"checkpoint-{epoch}-{update}.pth"
+
+
+def remove_stale_files(folder: Path) -> None:
+    """Remove the temporary files that killed processes left behind."""
+    for pattern in (".checkpoint*.tmp", ".manifest*.tmp", ".log*.tmp", ".steps*.tmp", ".curves*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _writer(state: dict[str, Any]) -> Callable[[Path], str]:

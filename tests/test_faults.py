@@ -23,7 +23,8 @@ import engine
 import main
 import run_logs
 import training
-from checkpoints import Manifest, newest_checkpoint, read, write_checkpoint
+import utils
+from checkpoints import Manifest, files, newest_checkpoint, read, write_checkpoint
 from elastic import divided
 from loading.sampling import TrainSampler
 from run_lock import RunLock
@@ -187,6 +188,7 @@ def test_two_checkpoints_are_always_kept(tmp_path, monkeypatch):
 
     def counted(self, *args, **kwargs):
         result = save(self, *args, **kwargs)
+        self.wait()
         left.append(sorted(name for name in Manifest(tmp_path).files if "best" not in name))
         return result
 
@@ -199,16 +201,15 @@ def test_two_checkpoints_are_always_kept(tmp_path, monkeypatch):
 
 def limit(monkeypatch, fails):
     """Let every write to a file for which `fails` fail as on a full disk."""
-    import utils
+    for module in (utils, files):
+        put_in_place = module.put_in_place
 
-    replacing = utils.replacing
+        def full(temporary, path, put_in_place=put_in_place):
+            if fails(path.name):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return put_in_place(temporary, path)
 
-    def full(path):
-        if fails(path.name):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return replacing(path)
-
-    monkeypatch.setattr(utils, "replacing", full)
+        monkeypatch.setattr(module, "put_in_place", full)
 
 
 def test_a_best_checkpoint_that_fails_is_tried_again(tmp_path, monkeypatch, capsys):
