@@ -21,6 +21,7 @@ import pytest
 import torch
 from faults import measured
 from helpers import KW, METHODS, METHODS_OF_RUNS, ROOT, make_image_folder, quick, read_log, words
+from states import digest
 
 import engine
 import main
@@ -42,17 +43,6 @@ CPU = torch.device("cpu")
 
 # these models are so small that a second thread only waits
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def digest(value):
-    """A hash of all that a checkpoint holds."""
-    if isinstance(value, torch.Tensor):
-        return hashlib.sha256(str(value.dtype).encode() + value.contiguous().numpy().tobytes()).hexdigest()
-    if isinstance(value, dict):
-        return {key: digest(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [digest(entry) for entry in value]
-    return value
 
 
 @pytest.fixture
