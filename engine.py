@@ -319,15 +319,26 @@ def _loaded(loader: Iterable, seconds: float) -> Iterator[Any]:
     except UnreadableImage:
         raise
     except (RuntimeError, OSError, EOFError, TookTooLong) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        remedy = next((remedy for words, remedy in _LOADER_FAULTS.items() if words in text), None)
-        if remedy is None and isinstance(error, RuntimeError):
+        failed = loader_failure(error)
+        if failed is None:
             raise
-        _end_workers()
-        remedy = remedy or "look at the messages above, and at the disk of the data"
-        raise LoaderFailed(f"loading images failed ({text[:200]}); {remedy}. The same command continues") from None
+        raise failed from None
     finally:
         watchdog.close()
+
+
+def loader_failure(error: Exception) -> LoaderFailed | None:
+    """What to raise for an error of the processes that load images, which are ended; None for another error.
+
+    torch raises an error wherever the run is when one of them is killed.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    remedy = next((remedy for words, remedy in _LOADER_FAULTS.items() if words in text), None)
+    if remedy is None and isinstance(error, RuntimeError):
+        return None
+    _end_workers()
+    remedy = remedy or "look at the messages above, and at the disk of the data"
+    return LoaderFailed(f"loading images failed ({text[:200]}); {remedy}. The same command continues")
 
 
 def _end_workers() -> None:

@@ -47,7 +47,7 @@ def _main(argv: list[str] | None, signals: StopSignals) -> int:
 
     import torch.distributed as dist
 
-    from engine import LoaderFailed, NonFiniteLoss
+    from engine import LoaderFailed, NonFiniteLoss, loader_failure
     from loading.images import UnreadableImage
     from utils import lost_processes
 
@@ -62,16 +62,16 @@ def _main(argv: list[str] | None, signals: StopSignals) -> int:
     except (NonFiniteLoss, UnreadableImage, LoaderFailed) as error:
         return fail(error, code=1)
     except RuntimeError as error:
-        lost = lost_processes(error)
-        if lost is None:
+        told = lost_processes(error) or loader_failure(error)
+        if told is None:
             raise
-        return fail(lost, code=1)
+        return fail(told, code=1)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
 
 
-def fail(error: Exception, code: int = 2) -> int:
+def fail(error: Exception | str, code: int = 2) -> int:
     """Print an error in one line; returns the exit code."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
     return code
