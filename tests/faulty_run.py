@@ -36,7 +36,9 @@ def start(options, log, limit=None):
         return pid
     try:
         torch.set_num_threads(1)
-        os.dup2(log, 1), os.dup2(log, 2)
+        # the limit counts for the text that a run prints, too
+        target = log if limit is None else os.open(os.devnull, os.O_WRONLY)
+        os.dup2(target, 1), os.dup2(target, 2)
         if limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

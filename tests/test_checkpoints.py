@@ -412,7 +412,7 @@ def test_evaluation_prints_what_training_logged(method, run_of, images, capsys):
     assert main.main(quick(**common, resume=best)) == 0
     assert f"* Acc@1 {line['best_acc1_ema']:.3f} " in capsys.readouterr().out
     # the newest of a folder
-    measured("F30", f"{method}: the evaluation prints what the training logged, weights and average")
+    measured("F30", f"{method} equal")
     assert main.main(quick(**common, output_dir=unbroken)) == 0
     assert f"* Acc@1 {line['test_acc1']:.3f} " in capsys.readouterr().out
 

@@ -180,6 +180,7 @@ def test_what_a_checkpoint_holds_counts_and_not_its_name(finished):
     assert main.main(quick(epochs=3, output_dir=finished)) == 0
     write_checkpoint(finished / "checkpoint-9.pth", other)
     assert newest_checkpoint(finished).name == "checkpoint-2.pth"
+    measured("F28", "the stored position and run count, whatever names and times say")
 
 
 def test_two_checkpoints_are_always_kept(tmp_path, monkeypatch):

@@ -543,6 +543,7 @@ def test_code_in_a_checkpoint_never_runs(way, legacy, slot, tmp_path, serve, mon
     assert ("evil.pth" if way != "output_dir" else str(tmp_path / "out")) in line
     assert not (tmp_path / "ran").exists()
     measured("F10", "never ran, in this process")
+    measured("F12", "never ran, in this process")
 
 
 @pytest.mark.slow
