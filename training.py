@@ -178,7 +178,7 @@ class Trainer:
                 state = self._state(epoch)
             if due:
                 if self.folder.save(state, epoch, best=improved, wait=args.wandb_ckpt):
-                    self.run_log.checkpoint(self.folder.path / f"checkpoint-{epoch}.pth")
+                    self.run_log.checkpoint(self.folder.path / checkpoints.file_name(epoch))
                 self._saved = time.monotonic()
             elif improved:
                 self.folder.save_best(state, improved)
@@ -202,7 +202,7 @@ class Trainer:
 
     def wishes(self, progress: EpochProgress) -> tuple[bool, bool]:
         """Whether this process wants to stop, and whether it wants to save (`engine.Watch`)."""
-        if self.folder is None or not self.args.save_ckpt or not self.loaders.positioned:
+        if self._saves_nothing():
             return bool(self.signals.asked), False
         if self._every:
             due = (progress.epoch * self.steps + progress.update) % self._every == 0
@@ -215,23 +215,29 @@ class Trainer:
         """Save, and stop, as any of the processes wished (`engine.Watch`)."""
         if not stop and not save:
             return
-        about = "nothing was saved, since there is no --output_dir"
-        if self.folder is not None and self.args.save_ckpt:
-            about = "nothing was saved, since a stream of images has no positions; the same command repeats the epoch"
-        elif self.folder is not None:
-            about = "nothing was saved, since --save_ckpt is false"
-        if self.folder is not None and self.args.save_ckpt and self.loaders.positioned:
+        about = self._saves_nothing()
+        if not about:
             self._require_finite(progress.epoch)
             state = self._state(progress.epoch, progress)
             saved = self.folder.save(state, progress.epoch, progress.update, wait=stop)
             self._saved = time.monotonic()
             about = "the last updates were not saved; the same command continues from the checkpoint before them"
             if saved:
-                path = self.folder.path / f"checkpoint-{progress.epoch}-{progress.update}.pth"
+                path = self.folder.path / checkpoints.file_name(progress.epoch, progress.update)
                 about = f"saved {path}; the same command continues there"
         if stop:
             self.run_log.close()
             raise Stopped(self.signals.asked or signal.SIGTERM, about)
+
+    def _saves_nothing(self) -> str:
+        """Why nothing is saved within an epoch; empty: it is."""
+        if self.folder is None:
+            return "nothing was saved, since there is no --output_dir"
+        if not self.args.save_ckpt:
+            return "nothing was saved, since --save_ckpt is false"
+        if not self.loaders.positioned:
+            return "nothing was saved, since a stream of images has no positions; the same command repeats the epoch"
+        return ""
 
     def _state(self, epoch: int, progress: EpochProgress | None = None) -> dict[str, Any]:
         best, best_epoch = self.resumed.best, self.resumed.best_epoch

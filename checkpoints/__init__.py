@@ -20,7 +20,7 @@ from .files import (
     write_safetensors,
     write_weights,
 )
-from .folder import RunFolder, remove_stale_files
+from .folder import RunFolder, file_name, remove_stale_files
 from .manifest import Manifest
 from .settings import adopt, check_classes, check_size, model_settings, own_options
 from .state import EpochProgress, Live, Resumed, position_of, restore, rng_state, set_rng_state, training_state
@@ -40,6 +40,7 @@ __all__ = [
     "compare",
     "copy_checkpoint",
     "ema_state",
+    "file_name",
     "find",
     "finetune",
     "load",

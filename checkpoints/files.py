@@ -195,7 +195,7 @@ def _check_entries(checkpoint: dict[Any, Any], path: str | Path) -> None:
     temperature, averages = checkpoint.get("temperature"), checkpoint.get("model_ema")
     classes, given, count = own.get("classes"), own.get("given", []), own.get("nb_classes")
     for name, value, kind, fits in (
-        ("temperature", temperature, "a number", temperature is None or _is_number(temperature)),
+        ("temperature", temperature, "a number", temperature is None or is_number(temperature)),
         ("model_ema", averages, "a state dict", averages is None or isinstance(averages, dict)),
         ('args["classes"]', classes, "a list of names", classes is None or _is_texts(classes)),
         ('args["given"]', given, "a list of options", _is_texts(given)),
@@ -208,7 +208,7 @@ def _check_entries(checkpoint: dict[Any, Any], path: str | Path) -> None:
             )
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

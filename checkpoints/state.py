@@ -14,7 +14,7 @@ from models.config import ConfigError
 from models.weights import state_dict_of
 from utils import Process, gather, gather_to_first, log, set_seed
 
-from .files import FORMAT
+from .files import FORMAT, is_number
 from .weights import load
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _resumed(checkpoint: dict[str, Any], live: Live) -> Resumed:
     best_epoch = checkpoint.get("best_epoch") or dict.fromkeys(NAMES)
     values = [best[name] for name in NAMES] if isinstance(best, dict) else [best]
     fits = isinstance(best, dict) and isinstance(best_epoch, dict)
-    fits = fits and all(value is None or (_is_number(value) and math.isfinite(value)) for value in values)
+    fits = fits and all(value is None or (is_number(value) and math.isfinite(value)) for value in values)
     if not fits:
         raise ValueError(f"its best accuracies are {ascii(best)[:60]}")
     best, best_epoch = dict(best), {name: best_epoch.get(name) for name in NAMES}
@@ -267,10 +267,6 @@ def _restore_random(checkpoint: dict[str, Any], live: Live) -> None:
     log(f"note: saved by {saved_by} processes and continued by {process.world}, with other random numbers")
     # in the same epoch again after another change, others again
     set_seed(live.args.seed + process.rank + process.world * (checkpoint["epoch"] + 1))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

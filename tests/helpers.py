@@ -116,6 +116,19 @@ def read_log(folder):
     return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
 
 
+def refused(capsys, arguments):
+    """The one line of a refused run."""
+    # not for those that only start processes: it loads what a run needs
+    import main
+
+    assert main.main(arguments) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    assert "epoch 0" not in captured.out
+    return lines[0]
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

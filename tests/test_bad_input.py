@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from helpers import KW, launch, make_image_folder, quick, read_log, words
+from helpers import KW, launch, make_image_folder, quick, read_log, refused, words
 
 import main
 from checkpoints import read, weights_of, write_checkpoint
@@ -20,16 +20,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_image_folder(tmp_path_factory.mktemp("images"), train=9, val=6)
-
-
-def refused(capsys, arguments):
-    """The one line of a refused run."""
-    assert main.main(arguments) == 2
-    captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
-    assert "epoch 0" not in captured.out
-    return lines[0]
 
 
 def on_images(folder, **options):

@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import quick, read_log, words
+from helpers import quick, read_log, refused, words
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -365,16 +365,6 @@ BAD_CONTENT = {
     "joined": (lambda content: content + content, ["more follows"]),
     "missing": (lambda content: None, ["No such file"]),
 }
-
-
-def refused(capsys, arguments):
-    """The one line of a refused run."""
-    assert main.main(arguments) == 2
-    captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
-    assert "epoch 0" not in captured.out
-    return lines[0]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
