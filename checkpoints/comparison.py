@@ -7,7 +7,7 @@ from typing import Any
 from models.build import PREFIXES, parse_name
 from models.config import ConfigError
 from models.methods import METHODS
-from models.options import METHOD_KEYS, all_options
+from models.options import all_options
 from utils import log
 
 from .settings import own_options
@@ -74,7 +74,7 @@ def _check_method(own: dict[str, Any], path: str | Path, args: argparse.Namespac
                 f"--kw_config of its training, or with --{name} {_shown(old)}"
             )
     layers = _plain(own.get("layers") if "layers" in told else None), _plain(given.get("layers"))
-    if layers[0] != layers[1] and "layers" in METHOD_KEYS:
+    if layers[0] != layers[1]:
         raise ConfigError(
             f"{path}: it was trained with layers {_shown(layers[0])}, and this run has {_shown(layers[1])}; use the "
             "--kw_config of its training"
