@@ -1,5 +1,6 @@
 """Options and fixtures of all tests."""
 
+import contextlib
 import os
 
 from startup import before_torch
@@ -13,6 +14,7 @@ if THREADS == 1:
 import faults
 import pytest
 import torch
+from servers import answering, served
 
 from models.ops.backends import compiled
 
@@ -64,3 +66,25 @@ def poisoned_memory(monkeypatch):
     yield
     torch.use_deterministic_algorithms(before)
     compiled.library.cache_clear()
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """Starts servers on this machine; gives the address of one that answers as the given function does."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    with contextlib.ExitStack() as running:
+        yield lambda answer: running.enter_context(served(answering(answer)))
+
+
+@pytest.fixture
+def refuses(capsys):
+    """Runs a script that must refuse its arguments; returns its one line."""
+
+    def refuses(script, *arguments):
+        capsys.readouterr()
+        assert script.main([str(word) for word in arguments]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.out == ""
+        return captured.err
+
+    return refuses

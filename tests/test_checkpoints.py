@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import http.server
 import os
 import pickle
 import random
@@ -12,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 
@@ -21,6 +19,7 @@ import pytest
 import torch
 from faults import measured
 from helpers import KW, METHODS, METHODS_OF_RUNS, ROOT, make_image_folder, quick, read_log, words
+from servers import folder_of, served
 from states import digest
 
 import engine
@@ -162,11 +161,8 @@ def test_code_in_a_plain_pickle_never_runs(tmp_path):
 @pytest.fixture
 def server(tmp_path):
     """The folder over HTTP, on this machine."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
+    with served(folder_of(tmp_path)) as address:
+        yield address
 
 
 def hashed(server, path):
@@ -218,35 +214,24 @@ def test_released_options_by_url_and_a_damaged_copy(tmp_path, server, monkeypatc
     assert read(url)["args"].lr == 0.1, "what is kept needs no server"
 
 
-class Short(http.server.BaseHTTPRequestHandler):
+def short(self):
     """Sends half of what it promises."""
-
-    def do_GET(self):
-        self.send_response(200)
-        self.send_header("Content-Length", "4000")
-        self.end_headers()
-        self.wfile.write(b"x" * 2000)
-
-    def log_message(self, *arguments):
-        pass
+    self.send_response(200)
+    self.send_header("Content-Length", "4000")
+    self.end_headers()
+    self.wfile.write(b"x" * 2000)
 
 
-class Silent(Short):
+def silent(self):
     """Says nothing for longer than anybody waits."""
-
-    def do_GET(self):
-        time.sleep(3)
+    time.sleep(3)
 
 
-@pytest.mark.parametrize(("handler", "reason"), [(Short, "2000 of 4000"), (Silent, "timed out")])
-def test_a_download_that_ends_early_or_never_is_refused(handler, reason, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+@pytest.mark.parametrize(("answer", "reason"), [(short, "2000 of 4000"), (silent, "timed out")])
+def test_a_download_that_ends_early_or_never_is_refused(answer, reason, serve, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "SECONDS", 0.5)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        with pytest.raises(ConfigError, match=reason):
-            read(f"http://127.0.0.1:{running.server_port}/model-0123abcd.pth")
-        running.shutdown()
+    with pytest.raises(ConfigError, match=reason):
+        read(f"{serve(answer)}/model-0123abcd.pth")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -377,7 +362,8 @@ def test_run_writes_what_it_promises(method, run_of):
         "checkpoint-best.pth",
         "checkpoint-best-ema.pth",
     }
-    assert set(os.listdir(unbroken)) == names | {"log.txt", "steps.jsonl", "curves.png", "manifest.json", ".run.lock"}
+    logs = {"log.txt", "steps.jsonl", "times.jsonl", "curves.png", "report.html", "report.json"}
+    assert set(os.listdir(unbroken)) == names | logs | {"manifest.json", ".run.lock"}
     assert (unbroken / "curves.png").read_bytes().startswith(b"\x89PNG")
     log = read_log(unbroken)
     assert [line["epoch"] for line in log] == [0, 1, 2]
@@ -513,12 +499,6 @@ def test_compiled_run(tmp_path):
     plain, compiled = (read_log(tmp_path / name)[0] for name in ("plain", "compiled"))
     assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=0.05)
     assert not any("_orig_mod" in key for key in read(tmp_path / "compiled" / "checkpoint-0.pth")["model"])
-
-
-def test_tensorboard(tmp_path):
-    pytest.importorskip("tensorboardX")
-    assert main.main(quick(epochs=1, log_dir=tmp_path / "tb")) == 0
-    assert [path.stat().st_size > 500 for path in (tmp_path / "tb").iterdir()] == [True]
 
 
 def test_words():

@@ -1,123 +1,44 @@
-"""WebDataset shards: which samples are read, in which order, and which shards are refused; over http, too."""
+"""WebDataset shards: which samples are read, in which order, and which shards are refused."""
 
-import argparse
 import contextlib
-import http.server
-import io
-import json
 import pickle
-import socket
 import tarfile
-import threading
 
 import numpy as np
 import pytest
 import torch
-from helpers import quick, read_log, refused, words
-from PIL import Image
+from helpers import read_log, refused, words
+from shard_files import (
+    CLASSES,
+    everything,
+    independent,
+    make_shards,
+    make_table,
+    on_shards,
+    options,
+    png,
+    process,
+    samples,
+    write_tar,
+)
 from torchvision.transforms.functional import pil_to_tensor
 
 import main
 from checkpoints import read
 from datasets import make_data, make_loaders
-from loading import fetching
 from loading.images import UnreadableImage
 from loading.sampling import TrainSampler
 from loading.shard_lists import expand, find_shards
 from loading.shards import WINDOW
 from models.config import ConfigError
-from models.options import OPTIONS
-from utils import Process
 
 # these models are so small that a second thread only waits
 pytestmark = pytest.mark.usefixtures("one_thread")
-CLASSES = 3
-
-
-def options(root, **changes):
-    own = {"data_set": "wds/", "data_path": str(root), "input_size": 16, "num_workers": 0, "batch_size": 2}
-    defaults = {name: option.default for name, option in OPTIONS.items()}
-    return argparse.Namespace(**{**defaults, **own, **changes})
-
-
-def process(rank=0, world=1):
-    return Process(rank, world, rank, world, torch.device("cpu"))
-
-
-def png(seed):
-    """A picture of its own for each seed."""
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 9, 3), dtype=np.uint8)).save(file, "png")
-    return file.getvalue()
-
-
-def samples(first, count, classes=CLASSES):
-    """Files of a shard: the label of image i is i % classes."""
-    files = {}
-    for index in range(first, first + count):
-        files[f"im/{index:04d}.png"] = png(index)
-        files[f"im/{index:04d}.cls"] = str(index % classes).encode()
-    return files
-
-
-def write_tar(path, files, tar_format=tarfile.GNU_FORMAT):
-    """A tar of files, {name: content, or a tarfile.TarInfo without content}."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for name, content in files.items():
-            if isinstance(content, tarfile.TarInfo):
-                tar.addfile(content)
-            else:
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def make_shards(root, train=(5, 4, 4), val=(3, 4), names=("train-{:04d}.tar", "val-{:04d}.tar")):
-    """Shards with so many images each; all images of both splits differ."""
-    first = 0
-    for name, counts in zip(names, (train, val)):
-        for shard, count in enumerate(counts):
-            write_tar(root / name.format(shard), samples(first, count))
-            first += count
-    return root
-
-
-def make_table(root, train=(5, 4, 4), val=(3, 4), **changes):
-    """timm's table of those shards."""
-    splits = {}
-    for split, name, counts in (("train", "train", train), ("validation", "val", val)):
-        files = [f"{name}-{shard:04d}.tar" for shard in range(len(counts))]
-        splits[split] = {
-            "name": split, "filenames": files, "shard_lengths": list(counts), "num_samples": sum(counts),
-        }  # fmt: skip
-        splits[split].update(changes)
-    (root / "_info.json").write_text(json.dumps({"name": "made", "splits": splits}))
-    return root
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     return make_shards(tmp_path_factory.mktemp("shards"))
-
-
-def independent(paths):
-    """(pixels, label) of all samples in the order of the tars, as Python's tarfile reads them."""
-    found = []
-    for path in paths:
-        with tarfile.open(path) as tar:
-            content = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
-        for name, label in content.items():
-            if name.endswith(".cls"):
-                image = Image.open(io.BytesIO(content[name[:-3] + "png"])).convert("RGB")
-                found.append((image.tobytes(), int(label)))
-    return found
-
-
-def everything(data):
-    data.transform = lambda image: image.tobytes()
-    return [data[index] for index in range(len(data))]
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -279,10 +200,6 @@ def test_images_are_shuffled_among_few_shards(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- runs
-
-
-def on_shards(root, **changes):
-    return quick(**{"data_set": "wds/", "data_path": root, "input_size": 16, "batch_size": 2, "epochs": 1, **changes})
 
 
 def test_training_resuming_and_evaluating(shards, tmp_path, capsys):
@@ -509,138 +426,3 @@ def test_shard_that_changes_during_the_run_is_named(tmp_path, change):
             write_tar(path, samples(50, 4))
     with pytest.raises(UnreadableImage, match=r"train-0001\.tar: "):
         data[6]
-
-
-# ------------------------------------------------------------------------------------------------- http
-
-
-@contextlib.contextmanager
-def served(handler):
-    """The address of a server on this machine, and what was asked of it."""
-    asked = []
-
-    class Handler(handler):
-        def log_message(self, *arguments):
-            pass
-
-        def do_GET(self):
-            asked.append(self.path.rpartition("/")[2])
-            super().do_GET()
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
-        finally:
-            server.shutdown()
-
-
-def folder_of(root):
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=str(root))
-
-    return Handler
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A cache of its own, and no patience."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(fetching, "SECONDS", 0.3)
-    return tmp_path / "hub/shards"
-
-
-def kept(cache):
-    return sorted(path.name.partition("-")[2] for path in cache.iterdir() if not path.name.endswith(".lock"))
-
-
-def test_shards_over_http_are_those_of_the_folder(shards, tmp_path, cache):
-    """Each is fetched once, by a table and by a pattern."""
-    root = make_table(make_shards(tmp_path / "table"))
-    local = [everything(make_data(options(shards), is_train)) for is_train in (True, False)]
-    with served(folder_of(root)) as (url, asked):
-        for _ in range(2):
-            assert [everything(make_data(options(url + "/"), is_train)) for is_train in (True, False)] == local
-        names = [f"train-000{shard}.tar" for shard in range(3)] + ["val-0000.tar", "val-0001.tar"]
-        assert sorted(asked) == ["_info.json"] * 4 + names and kept(cache) == names
-        args = options(url + "/train-{0000..0002}.tar", eval_data_path=url + "/val-{0000..0001}.tar")
-        assert [everything(make_data(args, is_train)) for is_train in (True, False)] == local
-        assert len(asked) == 4 + 5
-
-
-def test_training_over_http(shards, cache, capsys):
-    with served(folder_of(shards)) as (url, _):
-        pattern = {"data_path": url + "/train-{0000..0002}.tar", "eval_data_path": url + "/val-{0000..0001}.tar"}
-        assert main.main(on_shards(url, **pattern)) == 0
-        assert "fetching 3 of 3 shards" in capsys.readouterr().out
-        line = refused(capsys, on_shards(url))
-        assert "_info.json" in line and url + "/train-{0000..0012}.tar" in line
-        line = refused(capsys, on_shards(url, data_path=url + "/train-{0000..0003}.tar", disable_eval=True))
-        assert f"{url}/train-0003.tar: " in line and "404" in line
-
-
-class Half(http.server.BaseHTTPRequestHandler):
-    """Promises a whole shard, sends half of it, and closes the connection or falls silent."""
-
-    content, silent, promises = b"", False, True
-    done = threading.Event()
-
-    def do_GET(self):
-        self.send_response(200)
-        if self.promises:
-            self.send_header("Content-Length", str(len(self.content)))
-        self.end_headers()
-        self.wfile.write(self.content[: len(self.content) // 2])
-        if self.silent:
-            self.done.wait(20)
-
-
-@pytest.mark.parametrize("promises", [True, False])
-def test_truncated_answer_is_refused_and_not_kept(shards, cache, capsys, monkeypatch, promises):
-    monkeypatch.setattr(Half, "content", (shards / "train-0000.tar").read_bytes())
-    monkeypatch.setattr(Half, "promises", promises)
-    with served(Half) as (url, _):
-        line = refused(capsys, on_shards(url, data_path=url + "/train-{0000..0001}.tar"))
-    assert f"{url}/train-000" in line and ("bytes came" if promises else "truncated") in line
-    assert kept(cache) == []
-
-
-def test_silent_server_ends_with_a_line(shards, cache, capsys, monkeypatch):
-    monkeypatch.setattr(Half, "content", (shards / "train-0000.tar").read_bytes())
-    monkeypatch.setattr(Half, "silent", True)
-    with served(Half) as (url, _):
-        for path in ("/train-0000.tar", ""):
-            assert "was silent for 0.3 s" in refused(capsys, on_shards(url + path, disable_eval=True))
-        Half.done.set()
-    # one that does not even answer
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        assert "was silent for 0.3 s" in refused(capsys, on_shards(url + "/a.tar", disable_eval=True))
-    assert "cannot be fetched" in refused(capsys, on_shards(url + "/a.tar", disable_eval=True))
-    assert kept(cache) == []
-
-
-def test_damaged_copy_in_the_cache_is_named(shards, cache, capsys):
-    with served(folder_of(shards)) as (url, _):
-        args = options(url + "/train-0000.tar")
-        make_data(args, True)
-        (copy,) = cache.glob("*.tar")
-        copy.write_bytes(copy.read_bytes()[:1000])
-        with pytest.raises(ConfigError, match=f"{url}/train-0000.tar: it is truncated.*delete its copy in {cache}"):
-            make_data(args, True)
-
-
-def test_two_at_once_fetch_a_shard_once(shards, cache):
-    results = []
-    with served(folder_of(shards)) as (url, asked):
-        args = options(url + "/train-{0000..0002}.tar")
-        threads = [threading.Thread(target=lambda: results.append(make_data(args, True))) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sorted(asked) == ["train-0000.tar", "train-0001.tar", "train-0002.tar"]
-    assert len(results) == 4 and all((data.labels == results[0].labels).all() for data in results)
