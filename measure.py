@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -163,12 +164,20 @@ class Case:
 
         return inference if mode == "inference" else training
 
-    def measure(self, modes: Sequence[str] = MODES, repeats: int = 7) -> list[Row]:
-        """Rows for every contender and mode; the repeats of the contenders are interleaved."""
+    def measure(self, modes: Sequence[str] = MODES, repeats: int = 7, until: float = math.inf) -> list[Row]:
+        """Rows for every contender and mode; the repeats of the contenders are interleaved.
+
+        Args:
+            modes: some of `MODES`.
+            repeats: at most so many.
+            until: a time of `time.monotonic` after which only the first repeat of a mode is made.
+        """
         rows = []
         for mode in modes:
             times, peaks = {name: [] for name in self.contenders}, {}
             for repeat in range(repeats + 1):
+                if repeat > 1 and time.monotonic() > until:
+                    break
                 for name, contender in self.contenders.items():
                     run = self.run(contender, mode)
                     with forced_backend(contender.backend):

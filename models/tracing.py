@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .anatomy import layers_of, stem_of
 from .config import ConfigError
 from .messages import first_line, quiet
 from .methods.layer import DynamicLayer, Linear
@@ -17,9 +18,11 @@ from .ops import conv
 from .ops.control import forced_backend
 
 
-def images_of(batch: int, height: int, width: int) -> Tensor:
-    """Reproducible images [batch, 3, height, width] to trace and to compare a model with."""
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(batch))
+def images_of(model: nn.Module, batch: int, height: int, width: int) -> Tensor:
+    """Reproducible images [batch, 3, height, width] to trace and to compare a model with; grey ones have 1 channel."""
+    layers = layers_of(model)
+    channels = 1 if any(getattr(layers[name], "in_channels", 3) == 1 for name in stem_of(model)) else 3
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(batch))
 
 
 @torch.no_grad()
@@ -38,13 +41,14 @@ def traced(model: nn.Module, size: int, dynamic_size: bool = False) -> torch.exp
     if dynamic_size:
         dims.update({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC})
         try:
-            model(images_of(1, *other_size(size)))
+            model(images_of(model, 1, *other_size(size)))
         except Exception as error:
             raise ConfigError(f"the model takes images of {size}x{size} only; leave out --dynamic_size") from error
+    images = images_of(model, 2, size, size)
     model = _with_static_layers(model)
     try:
         with forced_backend("portable"), quiet():
-            program = torch.export.export(model, (images_of(2, size, size),), dynamic_shapes=(dims,), strict=False)
+            program = torch.export.export(model, (images,), dynamic_shapes=(dims,), strict=False)
     except Exception as error:
         # the tracer raises exceptions of any type
         hint = "; leave out --dynamic_size" if dynamic_size else ""

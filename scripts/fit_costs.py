@@ -83,6 +83,32 @@ def fit(backend, measured, item_bytes):
     return costs or None
 
 
+def fit_all(measured, item_bytes):
+    """The table {backend: costs} of all backends that were measured, with three digits."""
+    costs = {backend: fit(backend, measured, item_bytes) for backend in BACKENDS}
+    return {
+        backend: [tuple(float(f"{cost:.3g}") for cost in both) for both in own] for backend, own in costs.items() if own
+    }
+
+
+def excess(measured, table, item_bytes, direction):
+    """How many times as long as the fastest backends those take that a table chooses; backends not in it are left out.
+
+    measured: (number of calls, geometry, {backend: (forward, backward)}); direction: 0 forward, 1 backward.
+    """
+    chosen = best = 0.0
+    for count, geo, times in measured:
+        estimates = {
+            backend: np.dot(work(backend, geo, item_bytes), table[backend][direction])
+            for backend in times
+            if backend in table
+        }
+        if estimates:
+            chosen += count * times[min(estimates, key=estimates.get)][direction]
+            best += count * min(values[direction] for values in times.values())
+    return chosen / best if best else float("nan")
+
+
 def main():
     args = parse_arguments()
     torch.set_num_threads(args.threads)
@@ -99,19 +125,12 @@ def main():
             measured.append((count, geo, measure(geo, tensors, args)))
         print(f"{path}, batch {batch}, {size}x{size}", file=sys.stderr)
 
-    table = {backend: fit(backend, measured, dtype.itemsize) for backend in BACKENDS}
+    table = fit_all(measured, dtype.itemsize)
     for backend, costs in table.items():
-        if costs:
-            print(f'    "{backend}": {[tuple(float(f"{cost:.3g}") for cost in both) for both in costs]},')
+        print(f'    "{backend}": {costs},')
     for direction, name in enumerate(("forward", "backward")):
-        chosen = best = 0.0
-        for count, geo, times in measured:
-            estimates = {
-                backend: np.dot(work(backend, geo, dtype.itemsize), table[backend][direction]) for backend in times
-            }
-            chosen += count * times[min(estimates, key=estimates.get)][direction]
-            best += count * min(values[direction] for values in times.values())
-        print(f"# {name}: the table's choice takes {chosen / best:.3f} times as long as the fastest backend")
+        times = excess(measured, table, dtype.itemsize, direction)
+        print(f"# {name}: the table's choice takes {times:.3f} times as long as the fastest backend")
 
 
 if __name__ == "__main__":

@@ -15,16 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.build import PREFIXES
+from gpu_checks import cases
 
 ROOT = Path(__file__).parent.parent
-KW = {"cell_num_ratio": 1, "cell_inplane_ratio": 1, "cell_outplane_ratio": 1, "reduction": 0.0625}
-# prefix of every method -> a small model of it
-METHODS = {
-    **{prefix: {"model": f"{prefix}_test_resnet"} for prefix in PREFIXES},
-    "kw": {"model": "kw_test_resnet", **KW},
-    "kw1d2x": {"model": "kw1d2x_mobilenetv2_050"},
-}
+KW, METHODS = cases.KW, cases.METHODS
 # whole runs take seconds: of names for the layers of another method, and of timm's attention modules, with --slow
 _TWINS = ("kw1d2x", "od", "se", "cbam", "eca")
 METHODS_OF_RUNS = [pytest.param(name, marks=pytest.mark.slow) if name in _TWINS else name for name in METHODS]

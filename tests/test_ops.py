@@ -9,6 +9,7 @@ import torch
 from mixture_calls import definition, make_call, with_gradients
 from tolerance import assert_same, difference
 
+from gpu_checks.cases import DEPTHWISE
 from models.ops import mixture_conv, mixture_conv_naive
 from models.ops.backends import BACKENDS, available_backends, compiled
 from models.ops.cost import cheapest
@@ -75,20 +76,6 @@ def test_tiles(backend, stride, shape):
     arguments = [k] * dims, None, *([v] * dims for v in (stride, k // 2, 1)), groups
     fitting(backend, tensors, arguments)
     assert_equals_naive(backend, tensors, arguments)
-
-
-# batch, channels, outputs of a channel, outputs of a cell, kernel, stride, padding, dilation, size: maps smaller and
-# larger than vectors, rows and columns that no kernel sees, cells with the kernel's extent
-DEPTHWISE = [
-    (2, 33, 1, 11, (3, 3), (1, 1), (1, 1), (1, 1), (7, 7)),
-    (1, 18, 1, 6, (3, 3), (2, 2), (1, 1), (1, 1), (37, 36)),
-    (3, 20, 1, 20, (7, 7), (1, 1), (3, 3), (1, 1), (13, 18)),
-    (2, 6, 2, 4, (5, 3), (3, 2), (0, 1), (1, 2), (19, 9)),
-    (2, 17, 1, 1, (2, 4), (2, 1), (0, 0), (2, 1), (9, 21)),
-    (9, 4, 3, 12, (3,), (2,), (0,), (1,), (50,)),
-    (1, 40, 1, 8, (1, 1), (3, 3), (0, 0), (1, 1), (10, 11)),
-    (9, 19, 1, 19, (2, 1), (3, 2), (0, 0), (2, 1), (5, 2)),
-]
 
 
 @pytest.mark.parametrize("backend", [backend for backend in ON_CPU if backend in ("grouped", "depthwise")])
@@ -361,7 +348,14 @@ def test_empty_batch():
         ((2, 4, 5, 5), (2, 9, 3), (3, 4, 4, 1), 1, None, "differ in rank"),
         ((2, 4, 5, 5), (2, 9, 3), (3, 4, 4, 2, 2), 1, None, "wide, like the kernel"),
         ((2, 4, 5, 5), (2, 9, 3), (3, 4, 1, 1, 1), 4, "mixed", "backend 'mixed' cannot .* available: grouped"),
-        ((2, 4, 5, 5), (2, 9, 3), (3, 4, 4, 1, 1), 1, "fastest", "cannot evaluate"),
+        (
+            (2, 4, 5, 5),
+            (2, 9, 3),
+            (3, 4, 4, 1, 1),
+            1,
+            "fastest",
+            "there is no backend 'fastest'; there are naive, portable, grouped, batched",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(x, alpha, cells, groups, backend, message):

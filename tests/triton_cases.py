@@ -11,6 +11,7 @@ import torch
 from mixture_calls import definition, make_call, with_gradients
 from tolerance import assert_same, difference
 
+from gpu_checks.cases import TILES
 from models.ops import mixture_conv, mixture_conv_naive
 from models.ops.backends import available_backends, triton_calls, triton_kernels
 from models.ops.geometry import geometry
@@ -68,19 +69,6 @@ def call_of(batch, ci, co, g_in, g_out, groups, kernel, size, n, stride=1, paddi
     cells = torch.randn(n, co, ci, *[1] * dims, generator=generator)
     x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
     return (x, alpha, cells), ([kernel] * dims, None, stride, padding, dilation, groups)
-
-
-# more rows, columns and cells than a tile has, and what is left of them; stride, padding, dilation
-TILES = [
-    (2, 33, 70, 1, 1, 1, 1, (8, 9), 5),
-    (3, 17, 18, 2, 2, 1, 3, (6, 5), 3, 2, 1),
-    (4, 6, 4, 1, 2, 3, 2, (5, 7), 4, 3, 2, 2),
-    (9, 20, 8, 1, 1, 1, 1, (5, 5), 2, 2),
-    (2, 3, 40, 2, 1, 2, 3, (70,), 4, 2, 2),
-    (1, 5, 6, 1, 1, 1, 3, (5, 3, 4), 70, 2, 1),
-    (20, 4, 4, 1, 1, 1, 3, (1, 1), 40, 1, 1),
-    (1, 1, 1, 1, 1, 1, 1, (1,), 1),
-]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -183,3 +171,79 @@ def test_tables_do_not_depend_on_the_batch():
         with_gradients(mixture_conv, [t[:batch] for t in tensors[:2]] + tensors[2:], ((3, 3),), backend="triton")
         misses.append(triton_calls._tables.cache_info().misses)
     assert misses[0] == misses[2]
+
+
+# --- addresses beyond 32 bits -----------------------------------------------------------------------------------------
+
+
+class Address:
+    """A tensor as a kernel sees it, at another address."""
+
+    def __init__(self, tensor, address):
+        self.dtype, self.address = tensor.dtype, address
+
+    def data_ptr(self):
+        return self.address
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """A function that launches a kernel from a program on, for tensors whose first sample is numbered `first`."""
+    if DEVICE != "cpu":
+        pytest.skip("only the interpreter can begin at another program")
+    from triton.runtime import interpreter
+
+    builder, convert, moved = interpreter.interpreter_builder, interpreter._implicit_cvt, {}
+    set_grid_idx, set_grid_dim = builder.set_grid_idx, builder.set_grid_dim
+
+    def at_address(argument):
+        if isinstance(argument, torch.Tensor):
+            argument = Address(argument, (argument.data_ptr() - moved.get(argument.data_ptr(), 0)) % (1 << 64))
+        return convert(argument)
+
+    def launch(kernel, programs, first_program, first, distant, *arguments, **constants):
+        moved.clear()
+        moved.update({t.data_ptr(): first * t[0].numel() * t.element_size() for t in distant})
+        monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: set_grid_idx(x + first_program, y, z))
+        kernel.fn[(programs,)](*arguments, **constants)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", at_address)
+    monkeypatch.setattr(builder, "set_grid_dim", lambda x, y, z: set_grid_dim((1 << 31) - 1, y, z))
+    return launch
+
+
+def test_samples_lie_further_apart_than_32_bits(later):
+    """Offsets of samples have 64 bits: with 32 the addresses would be others, which hold nothing."""
+    batch, c_in, c_out, size, first = 2, 5, 3, 6, 1 << 28
+    tensors, arguments = call_of(batch, c_in, c_out, 1, 1, 1, 1, (size, 1), 2)
+    x, alpha, cells = place(tensors)
+    geo = geometry(*(t.shape for t in tensors), [1, 1], [1, 1], [0, 0], [1, 1], 1)
+    call = triton_calls.Call(x, geo)
+    index, taps, full, counts, places = call.tables(True)
+    source = x.detach().movedim(1, -1).flatten(1, -2).contiguous()
+    kernels, y = torch.empty(batch, 1, c_out, c_in), torch.empty(batch, size, c_out)
+    assert all(first * t[0].numel() > 1 << 31 for t in (source, kernels, y))
+    tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "PRECISION": "ieee"}
+
+    # the rows of `assemble` lie in blocks of BLOCK_M, which all programs count from the first sample on
+    rows = first + batch
+    later(
+        triton_kernels.assemble, 1, first // 16, first, (alpha, kernels),
+        alpha.detach(), cells.detach(), kernels, full, rows, 2, 1, 1, 1, 1, 1, c_out, c_in, 0, **tiles,
+    )  # fmt: skip
+    expected = torch.einsum("bmn,noc->bmoc", alpha, cells.flatten(2)).detach()
+    assert_same(kernels, expected)
+
+    later(
+        triton_kernels.convolve, batch, first, first, (source, kernels, y),
+        source, kernels, y, index, taps, counts, places, size, size, c_in, c_out, 1, 1, c_in, 1, 1, size,
+        1, 0, **tiles,
+    )  # fmt: skip
+    assert_same(y, torch.einsum("bpc,boc->bpo", source, kernels[:, 0]))
+
+    dkernels = torch.empty(batch, c_out, c_in)
+    later(
+        triton_kernels.kernel_gradient, batch, first, first, (y, source, dkernels),
+        y, source, dkernels, index, size, size, c_out, c_in, 1, 1, c_out, c_in, 0, **tiles,
+    )  # fmt: skip
+    assert_same(dkernels, torch.einsum("bpo,bpc->boc", y, source))

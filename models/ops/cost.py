@@ -1,12 +1,16 @@
-"""Cost model that chooses the fastest backend for a call: it estimates a backend's time as a sum over its work.
+"""Cost model that chooses the fastest backend for a call.
 
-Times are in microseconds.  Only their ratios matter.
+It estimates a backend's time as a sum over its work, with costs that were fitted to measured times, or by the roofline
+(`roofline.py`) on a GPU that was not measured.  Times are in microseconds; only their ratios matter.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from .fitted_costs import capability, fitted_costs
 from .geometry import Geometry, patches_are_copies
+from .peaks import gpu_peak
+from .roofline import roofline
 from .scratch import LIMIT_BYTES
 
 GIGA, MB = 1e9, 1 << 20
@@ -76,18 +80,13 @@ CPU_HALF = {
         (25900, 39800, 231, 328, 402, 581, 90.3),
     ],
 }
-# Not measured, but set from the memory bandwidth and the peak rate of a data-centre GPU, where the slow part is cuDNN's
-# grouped convolution with one group per sample.  Backends that are missing here run only when they are named.
-CUDA = {
-    "grouped": [(10, 0.5, 20.5, 20.5, 10, 10, 1, 0, 20)] * 2,
-    "batched": [(10, 0.5, 0.5, 10, 1, 0.5, 5, 15)] * 2,
-    "mixed": [(10, 0.5, 1, 5, 20)] * 2,
-    "outputs": [(10, 0.5, 2, 1, 15)] * 2,
-}
 
 
-def _costs(device: str, item_bytes: int) -> dict[str, list[tuple[float, ...]]]:
-    return CUDA if device == "cuda" else CPU_HALF if item_bytes == 2 else CPU
+def _table(device: str, item_bytes: int) -> Mapping[str, Sequence[Sequence[float]]] | None:
+    """The fitted costs of a type of device; None for a GPU that was not measured, which `roofline.py` estimates."""
+    if device == "cuda":
+        return fitted_costs(capability(), item_bytes)
+    return CPU_HALF if item_bytes == 2 else CPU
 
 
 def _filled(size: int, tile: int) -> int:
@@ -155,8 +154,14 @@ def work(backend: str, geo: Geometry, item_bytes: int) -> tuple[float, ...]:
 
 
 def estimate(backend: str, geo: Geometry, item_bytes: int, device: str, backward: bool = False) -> float:
-    """Estimated microseconds of a pass; infinite for a backend without costs on this type of device."""
-    costs = _costs(device, item_bytes).get(backend)
+    """Estimated microseconds of a pass: by the fitted costs, or by the roofline on a GPU that was not measured.
+
+    Infinite for a backend that the fitted costs do not have.
+    """
+    table = _table(device, item_bytes)
+    if table is None:
+        return roofline(backend, geo, item_bytes, gpu_peak(capability()), backward=backward)
+    costs = table.get(backend)
     if costs is None:
         return math.inf
     return sum(a * b for a, b in zip(work(backend, geo, item_bytes), costs[backward], strict=True))

@@ -8,6 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .backends import BACKENDS, available_backends
+from .backends.triton_support import TritonFailed
 from .control import backend_forced, tell
 from .cost import cheapest
 from .geometry import Geometry, geometry, is_channels_last, output_size
@@ -47,7 +48,7 @@ def mixture_conv(
         in float64, else in that of x.
 
     Raises:
-        ValueError: if the shapes do not fit, or the backend cannot evaluate them.
+        ValueError: if the shapes do not fit, or the backend does not exist or cannot evaluate them.
     """
     dims = x.ndim - 2
     kernel_size, stride, padding, dilation = (
@@ -56,6 +57,8 @@ def mixture_conv(
     _check(x, alpha, cells, kernel_size, groups)
     tell("mixture_conv", x, alpha, cells, kernel_size, bias, stride, padding, dilation, groups)
     name = backend or backend_forced() or "auto"
+    if name not in (*BACKENDS, "auto", "naive", "portable"):
+        raise ValueError(f"there is no backend '{name}'; there are naive, portable, {', '.join(BACKENDS)}")
     # tensors without data, which are used to count operations, have no autocast
     autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -120,7 +123,7 @@ def _plan(
     geo = geometry(x_shape, alpha_shape, cells_shape, kernel_size, stride, padding, dilation, groups, last)
     available = available_backends(geo, dtype, device)
     if backend not in ("auto", *available):
-        if strict or backend not in BACKENDS:
+        if strict:
             raise ValueError(f"backend '{backend}' cannot evaluate this call; available: {', '.join(available)}")
         backend = "auto"
     return geo, cheapest(geo, available, dtype.itemsize, device, backward) if backend == "auto" else backend
@@ -157,7 +160,15 @@ def _mixture_conv(
     geo, backend = _geometry_and_backend(*arguments, False)
     if x.shape[0] == 0:
         return x.new_empty(0, geo.c_out, *geo.out)
-    y = _in_layout(BACKENDS[backend].forward(x, alpha, _as_evaluated(cells, x, backend), geo), is_channels_last(x))
+    try:
+        y = BACKENDS[backend].forward(x, alpha, _as_evaluated(cells, x, backend), geo)
+    except TritonFailed:
+        if strict:
+            raise
+        _plan.cache_clear()
+        geo, backend = _geometry_and_backend(*arguments, False)
+        y = BACKENDS[backend].forward(x, alpha, _as_evaluated(cells, x, backend), geo)
+    y = _in_layout(y, is_channels_last(x))
     # in place, because allocating new memory costs as much as the addition
     return y if bias is None else y.add_(bias.view(-1, *[1] * len(geo.out)))
 
@@ -190,7 +201,12 @@ def _mixture_conv_backward(
     geo, backend = _geometry_and_backend(*arguments, True)
     if x.shape[0] == 0:
         return [torch.zeros_like(t) for t, need in zip((x, alpha, cells), needs, strict=True) if need]
-    grads = BACKENDS[backend].backward(dy, x, alpha, _as_evaluated(cells, x, backend), geo, needs)
+    try:
+        grads = BACKENDS[backend].backward(dy, x, alpha, _as_evaluated(cells, x, backend), geo, needs)
+    except TritonFailed:
+        _plan.cache_clear()
+        geo, backend = _geometry_and_backend(*arguments, True)
+        grads = BACKENDS[backend].backward(dy, x, alpha, _as_evaluated(cells, x, backend), geo, needs)
     result = []
     for grad, like in zip(grads, (x, alpha, cells), strict=True):
         if grad is not None:

@@ -5,7 +5,8 @@ A backend is a file of this folder with
 - `forward(x, alpha, cells, geo)`: the output [B, O, *S'];
 - `backward(dy, x, alpha, cells, geo, needs)`: the gradients of x, alpha and cells, each None unless needed;
 - `CASTS_CELLS`: whether it casts the cells itself; otherwise it gets them in the data type of x.
-Its costs are in `cost.py`: a backend without costs runs only when it is named.
+Its fitted costs are in `cost.py`: where others are fitted, a backend without costs runs only when it is named.  For
+GPUs that were not measured, `roofline.py` lists its steps.
 """
 
 from collections.abc import Callable

@@ -27,6 +27,8 @@ CASTS_CELLS = False
 # the cache, but every piece needs a call per tap, and every call waits for all threads.
 KERNEL_BYTES = 32 << 20
 PATCH_BYTES = 16 << 20
+# The same for each of them on a GPU, where every piece costs launches, and memory is the only limit.
+GPU_BYTES = 256 << 20
 
 
 def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
@@ -37,8 +39,9 @@ def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
 def _pieces(x: Tensor, alpha: Tensor, geo: Geometry) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Ranges of the samples, and of the output channels of a cell, whose patches and kernels are made at a time."""
     width = geo.taps * geo.g_in * geo.q * x.element_size()
-    samples = chunks(x.shape[0], width * geo.positions if patches_are_copies(geo) else 0, PATCH_BYTES)
-    return samples, chunks(geo.cell[0], (samples[0][1] - samples[0][0]) * alpha.shape[2] * width, KERNEL_BYTES)
+    patch_bytes, kernel_bytes = (GPU_BYTES, GPU_BYTES) if x.device.type == "cuda" else (PATCH_BYTES, KERNEL_BYTES)
+    samples = chunks(x.shape[0], width * geo.positions if patches_are_copies(geo) else 0, patch_bytes)
+    return samples, chunks(geo.cell[0], (samples[0][1] - samples[0][0]) * alpha.shape[2] * width, kernel_bytes)
 
 
 def _rows(alpha: Tensor) -> Tensor:
@@ -96,6 +99,11 @@ def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
     return y if geo.groups == 1 else y.reshape(geo.batch, geo.c_out, *geo.out)
 
 
+def _patch_gradients(shape: Sequence[int], x: Tensor, sums: Tensor, geo: Geometry) -> Tensor:
+    """Memory for the gradients of patches: of their own, in the type of x, where they become part of the result."""
+    return scratch("patch gradients", shape, sums) if patches_are_copies(geo) else x.new_empty(shape)
+
+
 def backward(dy: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry, needs: Sequence[bool]) -> tuple:
     """Gradients of `forward`; the kernels are assembled again, a tile at a time."""
     x_shape, by_rows = x.shape, _position_rows(x, geo)
@@ -104,7 +112,6 @@ def backward(dy: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry,
     flat = cells.reshape(geo.n, c_out, q)
     taps, positions = geo.taps * geo.g_in, geo.positions
     layout = "kbpq" if by_rows else "kbqp"
-    low = x.dtype in LOW_PRECISION
     sums = wide_like(x)
 
     dy = dy.reshape(batch, g_out, c_out, positions)
@@ -130,10 +137,10 @@ def backward(dy: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry,
                 first = dcols is None
                 if first:
                     shape = (taps, b, positions, q) if by_rows else (taps, b, q, positions)
-                    dcols = scratch("patch gradients", shape, sums)
+                    dcols = _patch_gradients(shape, x if len(tiles) == 1 else sums, sums, geo)
                 for k in range(taps):
                     pair = (dpart.transpose(1, 2), kernels[k]) if by_rows else (kernels[k].transpose(1, 2), dpart)
-                    if not low:
+                    if dcols.dtype == x.dtype:
                         dcols[k].baddbmm_(*pair, beta=0 if first else 1)
                     elif first:
                         dcols[k] = torch.bmm(*pair)

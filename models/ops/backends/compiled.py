@@ -72,11 +72,11 @@ def _folder() -> Path:
     folder = Path(base) / "kernelwarehouse"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder if os.access(folder, os.W_OK) else Path(_own_folder().name)
+    return folder if os.access(folder, os.W_OK) else Path(own_folder().name)
 
 
 @functools.cache
-def _own_folder() -> tempfile.TemporaryDirectory:
+def own_folder() -> tempfile.TemporaryDirectory:
     """A temporary folder; caching it here keeps it until the process ends, when it is removed."""
     return tempfile.TemporaryDirectory(prefix="kernelwarehouse-")
 

@@ -1,81 +1,22 @@
-"""What the backends "triton" and "triton_fused" share: where they are available, and the launches of their kernels.
-
-Triton is optional, and imported when a call first needs it.
+"""What the backends "triton" and "triton_fused" share: the launches of their kernels.
 
 Legend: as in `triton_kernels.py`; g groups, m mixtures of cells in a kernel, P' positions of the source.
 """
 
 import functools
-import importlib.util
 import math
-import os
-import warnings
 from collections.abc import Callable, Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..geometry import Geometry, full_alpha, live_alpha
+from . import triton_support
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CAPABILITY = (8, 0)  # the lowest compute capability of a GPU
 # Kernels, and their gradients, are made for as many samples at a time as fit into this many bytes.
 PIECE_BYTES = 1 << 30
 # A product with few output tiles splits its inner dimension into parts of at least SHARE, to run PROGRAMS programs.
 PROGRAMS, SHARE = 512, 128
-
-
-# --- where they are available --------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on any device (TRITON_INTERPRET=1 when Triton is imported)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
-def _works() -> bool:
-    """Whether kernels can be compiled for all visible GPUs; warns once if the driver cannot be loaded."""
-    capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
-    # no GPU is visible on a machine where a program is only compiled for one
-    if torch.version.hip is not None or not capabilities or min(capabilities) < CAPABILITY:
-        return False
-    try:
-        # loads the driver's functions, for which Triton needs a C compiler
-        _kernels().triton.runtime.driver.active.get_current_target()
-    except Exception as error:
-        warnings.warn(f"Triton does not work here, other backends are used: {error}", stacklevel=2)
-        return False
-    return True
-
-
-def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
-    """Whether the backends can evaluate a call."""
-    shapes = zip(geo.out, geo.stride, geo.kernel, geo.dilation, geo.pads, strict=True)
-    source = math.prod((o - 1) * s + (k - 1) * d + 1 - left - right for o, s, k, d, (left, right) in shapes)
-    numbers = (source * geo.groups * geo.c_in, geo.positions * geo.c_out, geo.taps * geo.c_out * geo.c_in)
-    return (
-        dtype in DTYPES
-        and geo.per_tap
-        and geo.foldable
-        and max(numbers) < 1 << 31  # offsets inside a sample have 32 bits
-        and _installed()
-        and (_interpreted() or (device == "cuda" and _works()))
-    )
-
-
-@functools.cache
-def _kernels() -> ModuleType:
-    from . import triton_kernels
-
-    return triton_kernels
 
 
 # --- tables of positions ----------------------------------------------------------------------------------------------
@@ -177,7 +118,7 @@ class Call:
         self.full_taps = math.prod(geo.full_kernel)
         self.conv = _precision(torch.backends.cudnn.conv)
         self.matmul = _precision(torch.backends.cuda.matmul)
-        self.kernels = _kernels()
+        self.kernels = triton_support.kernels()
 
     def tables(self, forward: bool) -> list[Tensor]:
         """The tables of positions for the forward pass, or for the input's gradient; see `_tables`."""
@@ -293,6 +234,7 @@ class Call:
         return dalpha if needs[1] else None, dcells.view(cells.shape) if needs[2] else None
 
 
+@triton_support.guarded
 def forward(
     convolve: Callable[[Call, Tensor, Tensor, Tensor, Tensor, bool], None],
     x: Tensor,
@@ -316,6 +258,7 @@ def forward(
         return y.movedim(-1, 1)
 
 
+@triton_support.guarded
 def backward(
     convolve: Callable[[Call, Tensor, Tensor, Tensor, Tensor, bool], None],
     dy: Tensor,

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..geometry import Geometry
-from . import triton_calls
+from . import triton_calls, triton_support
 
 CASTS_CELLS = False
-available = triton_calls.available
+available = triton_support.available
 
 
 def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:

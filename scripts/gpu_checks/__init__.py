@@ -1,0 +1,1 @@
+"""The parts of scripts/gpu_check.py: what it checks, what it times, and what it writes."""
