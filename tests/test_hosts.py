@@ -1,15 +1,19 @@
-"""Two machines, as two network namespaces: one is lost and comes back, or for good, or the link goes down."""
+"""Two machines, as two network namespaces.
+
+They train to the weights of one process; one is lost and comes back, or for good; the link goes down.
+"""
 
 import contextlib
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 from faults import measured
-from helpers import ROOT, quick, read_log, started
+from helpers import ROOT, finish, free_port, quick, read_log, started
 from states import difference_of
 from test_faults_of_processes import ENVIRONMENT, RUN, position, wait_for
 
@@ -27,8 +31,9 @@ def ip(*words, check=True):
 def network():
     """Host -> its namespace; the two are joined by a link."""
     names = {host: f"faults{os.getpid()}{host}" for host in HOSTS}
-    if ip("netns", "add", names["A"], check=False).returncode:
-        pytest.skip("network namespaces cannot be made here")
+    made = ip("netns", "add", names["A"], check=False)
+    if made.returncode:
+        pytest.skip(f"network namespaces cannot be made here (root with CAP_SYS_ADMIN can): {made.stderr.strip()}")
     try:
         ip("netns", "add", names["B"])
         ip("link", "add", "toA", "netns", names["A"], "type", "veth", "peer", "name", "toB", "netns", names["B"])
@@ -64,6 +69,69 @@ def lose(network, name):
     for pid in ip("netns", "pids", network[name]).stdout.split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
+
+
+# Every sum over a batch is then a sum over its images: a layer with BatchNorm would see the images of its own process
+# only. Random choices in loading an image depend on the image alone, so that the augmentation can stay.
+SAME = {
+    "model": "dyconv_test_convnext", "opt": "momentum", "lr": 0.05, "warmup_epochs": 0, "epochs": 1,
+    "input_size": 32,
+}  # fmt: skip
+IMAGES = 68  # of an update; 21 updates of the 1,437 digits
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The checkpoint and the log of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    command = [sys.executable, ROOT / "main.py", *quick(**SAME, batch_size=IMAGES, output_dir=folder)]
+    done = finish(command, 120, ENVIRONMENT)
+    assert done.returncode == 0 and f"{IMAGES} images an update, 21 updates" in done.stdout, done.stderr
+    return read(folder / "checkpoint-0.pth"), read_log(folder)[-1]
+
+
+def by_torchrun(folder):
+    """Command and environment of a launcher on each host, which starts one process."""
+    words = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", HOSTS["A"], "--master-port", str(free_port())]
+    options = quick(**SAME, batch_size=IMAGES // 2, timeout=60, output_dir=folder)
+    for rank, name in enumerate(HOSTS):
+        yield name, ["-m", "torch.distributed.run", *words, "--node-rank", str(rank), ROOT / "main.py", *options], {}
+
+
+def by_srun(folder):
+    """Command and environment of four tasks, two on each host, with what srun sets."""
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "4"}
+    step |= {"SLURM_STEP_NODELIST": "10.77.0.[1-2]", "SLURM_JOB_ID": str(free_port()), "SLURM_NNODES": "2"}
+    options = quick(**SAME, batch_size=IMAGES // 4, timeout=60, output_dir=folder)
+    for task in range(4):
+        own = {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task % 2), "SLURM_NODEID": str(task // 2)}
+        yield "AB"[task // 2], [ROOT / "main.py", *options], step | own
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("launched", [by_torchrun, by_srun])
+def test_two_machines_train_to_the_weights_of_one_process(launched, network, alone, tmp_path):
+    """With as many images an update: 21 updates, each after an exchange of gradients over the link."""
+    with contextlib.ExitStack() as stack:
+        tasks = []
+        for name, command, own in launched(tmp_path):
+            environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": f"to{name}"} | own
+            command = ["ip", "netns", "exec", network[name], sys.executable, *command]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            tasks.append(stack.enter_context(started(command, environment, **pipes)))
+        texts = [task.communicate(timeout=200)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0] * len(tasks), "\n".join(texts)
+    ours, (theirs, logged) = read(tmp_path / "checkpoint-0.pth"), alone
+    assert ours["world_size"] == len(tasks) and f"{IMAGES} images an update, 21 updates" in texts[0]
+    differences = [(ours["model"][key] - value).abs().max().item() for key, value in theirs["model"].items()]
+    print(f"largest difference of {len(differences)} weights: {max(differences):.1e}")
+    assert max(differences) <= 1e-6
+    row = read_log(tmp_path)[-1]
+    assert row["test_acc1"] == logged["test_acc1"]
+    assert [row[name] for name in ("train_loss", "test_loss")] == pytest.approx(
+        [logged[name] for name in ("train_loss", "test_loss")], rel=1e-5
+    )
 
 
 @pytest.mark.slow
