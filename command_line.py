@@ -1,11 +1,13 @@
 """The command line: the options of `models/options.py`, merged with the config that it names."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from models.config import ConfigError, check_value, merge, nearest
+from models.config import ConfigError, check_value, merged_parts, nearest
+from models.messages import printable
 from models.options import Option, all_options
 
 _WORDS_OF_BOOL = {
@@ -16,6 +18,8 @@ _WORDS_OF_BOOL = {
 TEMPERATURE = {"temp_epoch", "temp_init_value"}
 # of the integers of scripts; more than torch can count with would end in an error of its own
 HIGHEST = 2**31 - 1
+# characters of a value in a column; longer ones push what follows aside
+WIDEST = 40
 
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -53,13 +57,53 @@ def parse_words(parser: argparse.ArgumentParser, argv: list[str] | None = None) 
 
 def merged_options(command_line: dict[str, Any]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Merge the values of a command line with the config that it names; returns what `parse_command_line` returns."""
-    path = command_line.get("kw_config")
-    given = merge({} if path is None else path, command_line)
-    if (given.get("finetune") or given.get("init_static")) and not TEMPERATURE & command_line.keys():
-        # trained weights need no annealing; the config's is for random ones
-        given["temp_epoch"] = 0
+    given, _ = _merged(command_line)
     defaults = {name: option.default for name, option in all_options().items()}
     return argparse.Namespace(**{**defaults, **given}, given=sorted(given)), given
+
+
+def _merged(command_line: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The given options, and where each is from: "command line", "config PATH", "recipe NAME", or another option."""
+    path = command_line.get("kw_config")
+    given, origin = {}, {}
+    for source, part in merged_parts({} if path is None else path, command_line).items():
+        given.update(part)
+        origin.update(dict.fromkeys(part, source))
+    weights = next((name for name in ("finetune", "init_static") if given.get(name)), None)
+    if weights and not TEMPERATURE & command_line.keys():
+        # trained weights need no annealing; the config's is for random ones
+        given["temp_epoch"], origin["temp_epoch"] = 0, f"--{weights}"
+    if "lr_batch" in given and origin.get("lr") != origin["lr_batch"] and "lr_batch" not in command_line:
+        # the recipe tells it of its own learning rate
+        del given["lr_batch"], origin["lr_batch"]
+    return given, origin
+
+
+def config_table(args: argparse.Namespace, given: dict[str, Any], command_line: dict[str, Any]) -> str:
+    """A page with all options, in the groups of `--help`: each with its value, as JSON, and where that is from.
+
+    Args:
+        args: all options of a run.
+        given: those of them that the command line, the config, the recipe or the checkpoint gave.
+        command_line: the values of the command line itself.
+    """
+    _, origin = _merged(command_line)
+    groups: dict[str, list[tuple[str, str, str]]] = {}
+    for name, option in all_options().items():
+        value = getattr(args, name)
+        source = origin.get(name, f"checkpoint {args.resume}")
+        if name not in given and value == option.default:
+            source = "default"
+        groups.setdefault(option.group, []).append((name, json.dumps(value), source))
+    rows = [row for group in groups.values() for row in group]
+    widths = [max(len(row[i]) for row in rows if len(row[i]) <= WIDEST) for i in (0, 1)]
+    lines = []
+    for group, rows in groups.items():
+        lines += [
+            f"{group}:",
+            *(f"  {name:{widths[0]}}  {value:{widths[1]}}  {source}" for name, value, source in rows),
+        ]
+    return "\n".join(map(printable, lines))
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,9 +141,10 @@ def make_parser(description: str = "Train or evaluate a model.") -> argparse.Arg
         group = groups.setdefault(option.group, parser.add_argument_group(option.group))
         nargs = "?" if option.type is bool and option.nargs is None else "*" if option.type is bool else option.nargs
         const = {"const": "true"} if nargs == "?" else {}
-        default = "" if option.default in (None, "") else f" (default: {option.default})"
+        notes = [option.limits(), "" if option.default in (None, "") else f"default: {option.default}"]
+        text = option.help + (f" ({'; '.join(filter(None, notes))})" if any(notes) else "")
         metavar = option.type.__name__.upper()
-        group.add_argument(f"--{name}", nargs=nargs, metavar=metavar, help=option.help + default, **const)
+        group.add_argument(f"--{name}", nargs=nargs, metavar=metavar, help=text.replace("%", "%%"), **const)
     return parser
 
 

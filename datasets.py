@@ -178,7 +178,7 @@ def _classes(
     """The number of classes of a run, and their names where the data have them.
 
     Raises:
-        ConfigError: the data have other classes than each other, or than the user says.
+        ConfigError: the data have other classes than each other, or than the user says, or one to train on.
     """
     if train_data is not None and eval_data is not None:
         _check_same_classes(train_data, eval_data)
@@ -196,6 +196,12 @@ def _classes(
         )
     for data in shards:
         data.check_labels(nb_classes)
+    if train_data is not None and nb_classes < 2:
+        only = f" ({classes[0]})" if classes else ""
+        raise ConfigError(
+            f"the training data have one class{only}, so that there is nothing to tell apart; give a folder of images "
+            "for each of two or more classes"
+        )
     return nb_classes, classes
 
 

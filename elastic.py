@@ -1,4 +1,4 @@
-"""How an update is divided when a run goes on with another number of processes."""
+"""How an update is divided when a run goes on with another number of processes, and the learning rate of its size."""
 
 import argparse
 from typing import Any
@@ -55,6 +55,33 @@ def divide_update(args: argparse.Namespace, checkpoint: dict[str, Any] | None, p
         f"{world} = {images} from here on, and the learning rate is {images / target:g} times that of the options"
     )
     return {"images": images, "target": target}
+
+
+def scale_lr(args: argparse.Namespace, images: int) -> None:
+    """Scale the learning rates where --scale_lr asks for it, and note where they are of another number of images.
+
+    Source: the linear scaling rule of Goyal et al., Accurate, Large Minibatch SGD, 2017.
+
+    Args:
+        args: all options; `lr` and `min_lr` may change.
+        images: of an update, at the start of the run.
+
+    Raises:
+        ConfigError: nothing tells how many images the learning rate is for.
+    """
+    if args.scale_lr and args.lr_batch is None:
+        raise ConfigError(
+            f"--scale_lr true: nothing tells for how many images per update the learning rate {args.lr:g} is; add "
+            "--lr_batch, or take the learning rate of a recipe"
+        )
+    if args.lr_batch in (None, images):
+        return
+    ratio, of = images / args.lr_batch, f"{images} images per update, where lr {args.lr:g} is for {args.lr_batch}"
+    if args.scale_lr:
+        args.lr, args.min_lr = args.lr * ratio, args.min_lr * ratio
+        log(f"{of}: lr {args.lr:g} and min_lr {args.min_lr:g} are {ratio:g} times those of the options")
+    else:
+        log(f"note: {of}, and nothing scales it; --scale_lr true makes it {args.lr * ratio:g}")
 
 
 def divided(images: int, world: int, batch_size: int, even: bool) -> tuple[int, int] | None:

@@ -3,13 +3,12 @@
 import argparse
 import contextlib
 import math
-import multiprocessing
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -18,8 +17,10 @@ from checkpoints import EpochProgress
 from loading.images import UnreadableImage
 from models import set_temperature, temperature_range
 from models.ops.dead_taps import WrittenGradients
+from progress import Progress
 from run_logs import RunLog
-from utils import Process, Progress, log, reduce_sum
+from stopping import end_loader_processes
+from utils import Process, log, reduce_sum
 from watchdog import TookTooLong, Watchdog
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class LoaderFailed(RuntimeError):
 
 class Watch(Protocol):
     """Decides between two updates whether the run is saved, or stops."""
+
+    def planned(self, progress: EpochProgress) -> bool:
+        """Whether a save is due by the number of updates, which all processes know."""
 
     def wishes(self, progress: EpochProgress) -> tuple[bool, bool]:
         """Whether this process wants to stop, and whether it wants to save."""
@@ -76,6 +80,11 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
+def waiting_is_free(device: torch.device) -> bool:
+    """Whether numbers on a device can be read without waiting for it: on the CPU only."""
+    return device.type == "cpu"
+
+
 def train_one_epoch(
     net: nn.Module,
     loader: DataLoader,
@@ -92,6 +101,7 @@ def train_one_epoch(
     run_log: RunLog | None = None,
     progress: EpochProgress | None = None,
     watch: Watch | None = None,
+    between: float = 0.0,
 ) -> dict[str, float | None]:
     """Train for an epoch, or for the rest of it.
 
@@ -111,6 +121,7 @@ def train_one_epoch(
         run_log: receives the metrics of the steps that log.
         progress: what of the epoch is done, which is brought up to date; None: nothing.
         watch: asked after every update whether to save or to stop.
+        between: seconds that the evaluation and the saves of an epoch took last time, for the time that is left.
 
     Returns:
         Averages over the epoch and all processes: `loss` and `acc1` (None with mixup), and the last `lr`,
@@ -137,7 +148,11 @@ def train_one_epoch(
     skipped = torch.full((), float(progress.skipped), device=device)
     first_bad_step = torch.full((), -1.0, device=device)
     reasons: list[str] = []
-    shown = Progress(f"epoch {epoch}", steps, images_per_update, device, progress.update)
+    # log.txt and the names of checkpoints count from 0; a person reads the first epoch of ten as 1/10
+    title, epochs_left = f"epoch {epoch + 1}/{args.epochs}", args.epochs - epoch - 1
+    shown = Progress(title, steps, images_per_update, device, progress.update, epochs_left, between)
+    if run_log is not None:
+        run_log.begin(epoch * steps + progress.update, images_per_update, device)
 
     net.train()
     # an epoch that only lacks its evaluation loads no image
@@ -185,10 +200,10 @@ def train_one_epoch(
             finite = finite & torch.isfinite(grad_norm)
         last = update == steps - 1
         logs = (update + 1) % args.log_interval == 0 or last
-        # On a CPU, look at every update. On a GPU, look only when logging; the optimizer skips bad updates meanwhile.
-        looks = logs or device.type == "cpu"
-        progress.unreadable += len(reasons) if looks else 0
         progress.update, progress.samples = update + 1, progress.samples + images_per_update
+        # On a CPU, look at every update. On a GPU, look to log or save; the optimizer skips bad updates meanwhile.
+        looks = logs or waiting_is_free(device) or (watch is not None and watch.planned(progress))
+        progress.unreadable += len(reasons) if looks else 0
         stop, save = watch.wishes(progress) if watch is not None and looks else (False, False)
         # one exchange tells every process what the others saw
         told = torch.zeros(4, device=device)
@@ -227,13 +242,13 @@ def train_one_epoch(
                 "grad_norm": grad_norm.item(),
             }
             progress.last = {**metrics, "weight_decay": weight_decay}
-        if logs:
-            shown.update(update + 1, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-            if run_log is not None:
-                run_log.step(step + 1, {f"train/{name}": value for name, value in metrics.items()})
+        shown.update(update + 1, metrics if looks else None, lasting=logs)
+        if logs and run_log is not None:
+            run_log.step(step + 1, {f"train/{name}": value for name, value in metrics.items()})
         if watch is not None and looks:
             watch.act(progress, *(told[1:3] > 0).tolist())
 
+    shown.close(keep=True)
     totals = torch.cat([sums, sums.new_tensor([progress.unreadable])])
     reduce_sum(totals)
     loss, correct, images_seen, unreadable = totals.tolist()
@@ -249,7 +264,8 @@ def train_one_epoch(
 def _not_finite(bad: int, epoch: int, steps: int) -> NonFiniteLoss:
     return NonFiniteLoss(
         f"the loss or the gradient is not finite at step {bad} of epoch {epoch} (step {epoch * steps + bad} of the "
-        "run); the last checkpoint is intact. Lower --lr, lengthen --warmup_epochs or set --clip_grad"
+        "run), counted from 0 as in log.txt; the last checkpoint is intact. Lower --lr, lengthen --warmup_epochs or "
+        "set --clip_grad"
     )
 
 
@@ -336,18 +352,9 @@ def loader_failure(error: Exception) -> LoaderFailed | None:
     remedy = next((remedy for words, remedy in _LOADER_FAULTS.items() if words in text), None)
     if remedy is None and isinstance(error, RuntimeError):
         return None
-    _end_workers()
+    end_loader_processes()
     remedy = remedy or "look at the messages above, and at the disk of the data"
     return LoaderFailed(f"loading images failed ({text[:200]}); {remedy}. The same command continues")
-
-
-def _end_workers() -> None:
-    """End the loader processes; one that hangs would be waited for when this process ends."""
-    # torch's handler would raise an error for each
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in multiprocessing.active_children():
-        worker.kill()
-        worker.join()
 
 
 # part of an error of torch's loader -> what to do
@@ -397,7 +404,9 @@ def evaluate(
     images_seen = 0
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
-    for images, targets, _ in _on_device(loader, device, args.channels_last, args.timeout):
+    together = dist.get_world_size() if args.dist_eval and dist.is_initialized() else 1
+    shown = Progress(f"{title}evaluation", len(loader), (getattr(loader, "batch_size", None) or 1) * together, device)
+    for number, (images, targets, _) in enumerate(_on_device(loader, device, args.channels_last, args.timeout), 1):
         with autocast(args, device):
             logits = model(images)
         logits = logits.float()
@@ -405,8 +414,10 @@ def evaluate(
         counts += torch.stack([top[:, 0].sum(), top.sum()])
         images_seen += len(targets)
         loss_sum += torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        shown.update(number)
         if stops is not None and stops():
             break
+    shown.close(keep=False)
     if stops is not None and reduce_sum(torch.tensor([float(stops())], device=device)).item():
         return None
     counts = torch.cat([counts, counts.new_tensor([images_seen])])

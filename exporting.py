@@ -90,13 +90,15 @@ def describe(trained: Trained) -> dict[str, Any]:
 
 
 def _preprocessing(transform: transforms.Compose) -> dict[str, Any]:
-    """The steps of an evaluation's transform, in their order: resize (its interpolation), crop, then mean and std."""
+    """The steps of an evaluation's transform, in their order: resize (its interpolation), crop, grey, mean and std."""
     steps = {}
     for step in transform.transforms:
         if isinstance(step, transforms.Resize):
             steps.update(resize=step.size, interpolation=step.interpolation.value)
         elif isinstance(step, transforms.CenterCrop):
             steps["crop"] = list(step.size)
+        elif isinstance(step, transforms.Grayscale):
+            steps["grey"] = True
         elif isinstance(step, transforms.Normalize):
             steps.update(range=[0, 1], mean=list(step.mean), std=list(step.std))
     return steps
@@ -142,7 +144,7 @@ def write_pt2(model: nn.Module, path: Path, size: int, about: dict[str, Any], dy
     """
     program = traced(model, size, dynamic_size)
     with torch.no_grad():
-        _finite_outputs(model, images_of(1, size, size))
+        _finite_outputs(model, images_of(model, 1, size, size))
     with replacing(path) as temporary, quiet():
         torch.export.save(program, temporary, extra_files={"about.json": json.dumps(about)})
 
@@ -234,7 +236,7 @@ def compared(model: nn.Module, path: Path, size: int, dynamic_size: bool = False
     run, exact = session_of(path), copy.deepcopy(model).double()
     result = {"error": 0.0, "own_error": 0.0}
     for batch in BATCHES:
-        images = images_of(batch, *(other_size(size) if dynamic_size and batch == BATCHES[-1] else (size, size)))
+        images = images_of(model, batch, *(other_size(size) if dynamic_size and batch == BATCHES[-1] else (size, size)))
         expected = _finite_outputs(exact, images.double())
         for key, values in (("error", run(images)), ("own_error", _finite_outputs(model, images))):
             result[key] = max(result[key], *map(_difference, values, expected))
@@ -244,7 +246,7 @@ def compared(model: nn.Module, path: Path, size: int, dynamic_size: bool = False
             f"ONNX Runtime differs from PyTorch by {result['error']:.1e} of the largest output, more than {limit:.1e}; "
             "nothing was written"
         )
-    images, times = images_of(1, size, size), {"torch": [], "onnx": []}
+    images, times = images_of(model, 1, size, size), {"torch": [], "onnx": []}
     for _ in range(REPEATS):
         times["torch"].append(seconds(lambda: model(images), "cpu"))
         times["onnx"].append(seconds(lambda: run(images), "cpu"))

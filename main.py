@@ -13,11 +13,11 @@ import sys
 from collections.abc import Container
 from typing import Any
 
-from command_line import make_parser, merged_options, parse_words
+from command_line import config_table, make_parser, merged_options, parse_words
 from models.config import ConfigError
 from option_checks import check_data, check_weights
 from run_lock import RunLock, is_first
-from startup import before_torch, end_with_launcher
+from startup import before_torch, end_with_launcher, outlive_output
 from stopping import Stopped, StopSignals
 
 
@@ -26,25 +26,44 @@ def main(argv: list[str] | None = None) -> int:
     # must come before torch is loaded, and reading the options of methods loads it
     before_torch()
     end_with_launcher()
-    try:
-        with StopSignals() as signals:
-            return _main(argv, signals)
-    except Stopped as stopped:
-        if is_first():
-            print(stopped, file=sys.stderr, flush=True)
-        return stopped.code
+    with outlive_output():
+        try:
+            with StopSignals() as signals:
+                return _main(argv, signals)
+        except Stopped as stopped:
+            if is_first():
+                print(stopped, file=sys.stderr, flush=True)
+            return stopped.code
 
 
 def _main(argv: list[str] | None, signals: StopSignals) -> int:
     try:
         asked = parse_words(make_parser(), argv)
         args, given = merged_options(asked)
-        if args.dry_run:
+        if args.print_config or args.dry_run:
             return report(args, given, asked)
         complete(args, given, asked)
+        with RunLock(None if args.eval else args.output_dir) as lock:
+            if os.path.isdir(args.output_dir):
+                # before anything slow is done
+                lock.take()
+            return run_to_end(args, given, asked, lock, signals)
     except ConfigError as error:
         return fail(error)
 
+
+def run_to_end(
+    args: argparse.Namespace,
+    given: dict[str, Any],
+    asked: Container[str],
+    lock: RunLock,
+    signals: StopSignals,
+) -> int:
+    """`run`, and what can end it; returns the exit code.
+
+    Raises:
+        ConfigError: as `run` does.
+    """
     import torch.distributed as dist
 
     from engine import LoaderFailed, NonFiniteLoss, loader_failure
@@ -52,13 +71,7 @@ def _main(argv: list[str] | None, signals: StopSignals) -> int:
     from utils import lost_processes
 
     try:
-        with RunLock(None if args.eval else args.output_dir) as lock:
-            if os.path.isdir(args.output_dir):
-                # before anything slow is done
-                lock.take()
-            run(args, given, asked, lock, signals)
-    except ConfigError as error:
-        return fail(error)
+        run(args, given, asked, lock, signals)
     except (NonFiniteLoss, UnreadableImage, LoaderFailed) as error:
         return fail(error, code=1)
     except RuntimeError as error:
@@ -66,6 +79,14 @@ def _main(argv: list[str] | None, signals: StopSignals) -> int:
         if told is None:
             raise
         return fail(told, code=1)
+    except ValueError as error:
+        # of torch's BatchNorm
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            f"--batch_size {args.batch_size}: BatchNorm has no statistics of one image whose maps have one position; "
+            "take a batch of two or more, or larger images"
+        ) from None
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
@@ -103,26 +124,32 @@ def take_options(args: argparse.Namespace, given: dict[str, Any]) -> None:
         # loads torch, so that a mistake in the options is still refused at once
         from checkpoints import adopt, check_size, model_settings, read
 
-        checkpoint = read(args.resume)
+        checkpoint, own_lr = read(args.resume), "lr" in given and "lr_batch" not in given
         adopt(args, given, checkpoint, args.resume)
+        if own_lr:
+            # the checkpoint tells it of its own learning rate
+            args.lr_batch = None
+            given.pop("lr_batch", None)
         check_size(model_settings(args, given), args.nb_classes, checkpoint, args.resume)
 
 
-def report(args: argparse.Namespace, given: dict[str, Any], asked: Container[str]) -> int:
-    """Print what a dynamic model changes in its static network, for the data of the run; returns the exit code.
+def report(args: argparse.Namespace, given: dict[str, Any], asked: dict[str, Any]) -> int:
+    """Print what --print_config or --dry_run asks for, on the first process; returns the exit code.
 
     Raises:
-        ConfigError: names the option, or the checkpoint.
+        ConfigError: names the option, the checkpoint or the data.
     """
     check_weights(args, asked)
     take_options(args, given)
+    if not is_first():
+        return 0
 
-    from checkpoints import model_settings
-    from datasets import known_classes
-    from models import report_model
+    if args.print_config:
+        print(config_table(args, given, asked))
+    if args.dry_run:
+        from dry_run import dry_run
 
-    classes = args.nb_classes if "nb_classes" in given else known_classes(args.data_set) or args.nb_classes
-    print(report_model(model_settings(args, given), num_classes=classes, input_size=args.input_size))
+        dry_run(args, given, asked)
     return 0
 
 
@@ -155,7 +182,7 @@ def run(
     import checkpoints
     import utils
     from datasets import make_loaders
-    from elastic import divide_update
+    from elastic import divide_update, scale_lr
     from engine import evaluate
     from models import build_model, set_temperature, temperature_range
     from training import Trainer
@@ -178,6 +205,7 @@ def run(
         checkpoints.compare(checkpoint, path, args, given)
     if not args.eval:
         images_per_update = divide_update(args, checkpoint, path, process.world)
+        scale_lr(args, images_per_update["target"])
 
     # data
     loaders = make_loaders(args, given, process)

@@ -70,6 +70,8 @@ def check_data(args: argparse.Namespace, asked: Container[str]) -> None:
         raise ConfigError(f"--data_set {args.data_set} needs --data_path, the folder that holds the data")
     if args.output_dir and os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         raise ConfigError(f"--output_dir {args.output_dir}: not a folder")
+    if args.in_chans not in (1, 3):
+        raise ConfigError(f"--in_chans {args.in_chans}: images are read as colours, so it is 3, or 1 for grey ones")
     if args.batch_size % 2 and not args.eval and mixes(args):
         raise ConfigError(f"--batch_size {args.batch_size} must be even, since mixup and cutmix mix pairs of images")
 

@@ -11,11 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from attention_log import picture
 from models.config import ConfigError
-from utils import is_main_process, replace_file
+from utils import is_main_process, peak_memory, replace_file
 
 # seconds between two writes of TensorBoard's file
 FLUSH = 30
+# of a histogram
+BINS = 64
 
 
 class JsonLines:
@@ -84,7 +90,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard, written by this process itself; the first failure turns it off with a warning.
+    """A log for TensorBoard, written by this process itself; the first failure turns it off with a warning.
 
     tensorboardX's `SummaryWriter` writes in a thread of its own, and waits for ever where its disk is full.
 
@@ -98,12 +104,12 @@ class TensorBoard:
 
     def __init__(self, folder: str, step: int) -> None:
         try:
+            from tensorboardX import summary
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog
-            from tensorboardX.summary import scalar
         except ImportError:
             raise ConfigError("--log_dir needs tensorboardX: pip install tensorboardX, or leave it out") from None
-        self._event, self._scalar, self._writer, self._folder = Event, scalar, None, folder
+        self._event, self._summary, self._writer, self._folder = Event, summary, None, folder
         self._flushed = time.monotonic()
 
         def begin() -> None:
@@ -118,11 +124,33 @@ class TensorBoard:
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
         """Write metrics; `step` is the number of updates so far."""
+        self._add(step, lambda: [self._summary.scalar(name, value) for name, value in metrics.items()])
 
+    def add_text(self, step: int, name: str, lines: list[str]) -> None:
+        """Write lines as they are."""
+        # Markdown shows indented lines so
+        self._add(step, lambda: [self._summary.text(name, "\n".join(f"    {line}" for line in lines))])
+
+    def add_attentions(self, step: int, alphas: dict[str, Tensor]) -> None:
+        """Write histograms of attentions (of `attention_log.Attentions`); with matplotlib, a picture of them, too."""
+        alphas = {name: alpha for name, alpha in alphas.items() if alpha.isfinite().all()}
+
+        def summaries() -> list[Any]:
+            made = [
+                self._summary.histogram(f"alpha/{name}", alpha.flatten().numpy(), BINS)
+                for name, alpha in alphas.items()
+            ]
+            with contextlib.suppress(ImportError):
+                made.append(self._summary.image("attentions", picture(alphas).numpy(), dataformats="HWC"))
+            return made
+
+        if alphas:
+            self._add(step, summaries)
+
+    def _add(self, step: int, summaries: Callable[[], list[Any]]) -> None:
         def write() -> None:
-            for name, value in metrics.items():
-                event = self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value))
-                self._writer.write_event(event)
+            for summary in summaries():
+                self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
             if time.monotonic() - self._flushed > FLUSH:
                 self._writer.flush()
                 self._flushed = time.monotonic()
@@ -155,7 +183,7 @@ class RunLog:
     """Metrics of a run, on the first process.
 
     `log.txt` has a JSON line per epoch, `steps.jsonl` one per logged step. They hold no times, so that equal runs write
-    equal files.
+    equal files. `times.jsonl` has the times of the logged steps, and the greatest memory so far.
 
     Args:
         args: options `output_dir`, `log_dir`, `enable_wandb`, `project`, `wandb_ckpt`.
@@ -167,7 +195,9 @@ class RunLog:
     """
 
     def __init__(self, args: argparse.Namespace, start_epoch: int, start_step: int) -> None:
-        self.epochs = self.steps = self.tensorboard = self.wandb = None
+        self.epochs = self.steps = self.times = self.tensorboard = self.wandb = None
+        # step and time of the log before, images per step, and the device
+        self._pace: tuple[int, float, int, torch.device] | None = None
         self.upload = args.wandb_ckpt
         if not is_main_process():
             return
@@ -179,8 +209,13 @@ class RunLog:
             self.steps = JsonLines(
                 folder / "steps.jsonl", lambda row: _number(row, "step") in range(start_step + 1), durable=False
             )
+            self.times = JsonLines(
+                folder / "times.jsonl", lambda row: _number(row, "step") in range(start_step + 1), durable=False
+            )
         if args.log_dir:
             self.tensorboard = TensorBoard(args.log_dir, start_step + 1)
+            options = [f"{name}: {json.dumps(value)}" for name, value in vars(args).items() if name != "given"]
+            self.tensorboard.add_text(start_step + 1, "options", options)
         if args.enable_wandb:
             try:
                 import wandb
@@ -188,8 +223,25 @@ class RunLog:
                 raise ConfigError("--enable_wandb needs wandb: pip install wandb, or leave it out") from None
             self.wandb = wandb.init(project=args.project, config=vars(args))
 
+    def begin(self, step: int, images: int, device: torch.device) -> None:
+        """Begin an epoch, or the rest of one, whose speed is measured from here on.
+
+        Args:
+            step: number of updates so far.
+            images: per update, of all processes.
+            device: whose memory is measured.
+        """
+        self._pace = (step, time.perf_counter(), images, device)
+
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Log metrics during an epoch; `step` is the number of updates so far."""
+        if self.times is not None and self._pace is not None:
+            before, since, images, device = self._pace
+            now = time.perf_counter()
+            speed = (step - before) * images / max(now - since, 1e-9)
+            row = {"seconds": round(now - since, 4), "images_per_second": round(speed, 2)}
+            self.times.add({"step": step, **row, "memory_mib": round(peak_memory(device) / 2**20, 1)})
+            self._pace = (step, now, images, device)
         if self.steps is not None:
             self.steps.add({"step": step, **{name.removeprefix("train/"): value for name, value in metrics.items()}})
         self._show(step, metrics)
@@ -205,6 +257,16 @@ class RunLog:
             self.tensorboard.add(step, metrics)
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)
+
+    @property
+    def shows_attentions(self) -> bool:
+        """Whether `attentions` does something."""
+        return self.tensorboard is not None
+
+    def attentions(self, step: int, alphas: dict[str, Tensor]) -> None:
+        """Log the attentions that `attention_log.Attentions` kept; `step` is the number of updates so far."""
+        if self.tensorboard is not None:
+            self.tensorboard.add_attentions(step, alphas)
 
     def checkpoint(self, path: Path) -> None:
         """Upload a checkpoint to Weights & Biases, where `wandb_ckpt` is set."""

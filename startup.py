@@ -2,9 +2,14 @@
 
 import contextlib
 import ctypes
+import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+import terminal
 
 # of prctl(2), which is Linux's
 _PR_SET_PDEATHSIG = 1
@@ -40,3 +45,45 @@ def end_with_launcher() -> None:
     if os.getppid() != launcher:
         # it died before the request
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Outlived(io.FileIO):
+    """Takes text that nobody can read any more, and drops it. Other text erases the changing line of the terminal."""
+
+    def write(self, data: bytes) -> int | None:
+        try:
+            if self.isatty() and terminal.was_drawn():
+                super().write(terminal.ERASE.encode())
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+@contextlib.contextmanager
+def outlive_output() -> Iterator[None]:
+    """Within this context the process goes on when its text cannot be written, and text erases the changing line.
+
+    A full disk below a log that a shell made, a closed terminal or a `tee` that was killed would otherwise end the run
+    by an exception in `print`. The run's own logs tell of themselves, and are in other files.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_outlived, before)
+    try:
+        yield
+    finally:
+        terminal.keep()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _outlived(stream: TextIO) -> TextIO:
+    try:
+        file = _Outlived(stream.fileno(), "w", closefd=False)
+        stream.flush()
+    except (OSError, AttributeError):
+        # a buffer in memory, as tests and notebooks have, or no output at all
+        return stream
+    return io.TextIOWrapper(
+        io.BufferedWriter(file), encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering
+    )

@@ -1,5 +1,11 @@
-"""Signals that ask a run to stop: SIGTERM, SIGINT (Ctrl-C), and SIGUSR1, which SLURM can send before a job ends."""
+"""Signals that ask a run to stop.
 
+SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal was closed), and SIGUSR1, which SLURM can send before a job ends.
+"""
+
+import atexit
+import multiprocessing
+import multiprocessing.util  # first, since what is registered last runs first when the process ends
 import os
 import signal
 import threading
@@ -8,7 +14,7 @@ from typing import Any, Self
 
 # every further Ctrl-C says that the user does not want to wait
 PATIENCE = 3
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Stopped(Exception):
@@ -38,7 +44,9 @@ class StopSignals:
     def __enter__(self) -> Self:
         # Python takes signals in its main thread only
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._take) for number in _SIGNALS}
+            # nohup lets SIGHUP be ignored
+            taken = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._take) for number in taken}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -68,3 +76,18 @@ def leave_signals_to_parent(worker: int = 0) -> None:
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_loader_processes() -> None:
+    """End those of this process, also one that hangs.
+
+    At the end of a process Python sends SIGTERM to those that are left, which they ignore, and waits for them.
+    """
+    left = [worker for worker in multiprocessing.active_children() if worker.daemon]
+    if left:
+        # torch's handler would raise an error for each
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in left:
+        worker.kill()
+        worker.join()

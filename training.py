@@ -3,6 +3,7 @@
 import argparse
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from timm.utils import ModelEmaV3
 import checkpoints
 import engine
 import utils
+from attention_log import Attentions
 from checkpoints import EpochProgress, Live, Resumed, RunFolder
+from closing import where_things_are
 from datasets import Loaders
 from engine import NonFiniteLoss, amp_dtype, autocast
 from models import get_temperature, set_temperature
@@ -65,6 +68,8 @@ class Trainer:
         self.run_log: RunLog | None = None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self._saved = time.monotonic()
+        # seconds from the last update of an epoch to the first of the next
+        self._between = 0.0
         self._every, self._seconds = _interval(args.save_interval)
         each = f"{args.batch_size} x {args.update_freq} x {process.world}"
         log(f"{each} = {images_per_update['images']} images an update, {self.steps} updates an epoch")
@@ -99,8 +104,10 @@ class Trainer:
             self.model.compile()
         self.net = self.model
         if process.world > 1:
-            self.net = utils.in_parallel(self.model, process.device)
+            self.net = utils.in_parallel(self.model, process.device, args.grad_compression)
             self._settle_buckets()
+        elif args.grad_compression != "none":
+            log("note: --grad_compression has no effect on one process, which exchanges no gradients")
 
     def _settle_buckets(self) -> None:
         """Let DistributedDataParallel put the gradients into their final order before the first update.
@@ -114,7 +121,9 @@ class Trainer:
         generators = checkpoints.rng_state(device)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         # a compiled model is compiled for this shape
-        images = torch.zeros(args.batch_size if args.compile else min(2, args.batch_size), 3, *[args.input_size] * 2)
+        images = torch.zeros(
+            args.batch_size if args.compile else min(2, args.batch_size), args.in_chans, *[args.input_size] * 2
+        )
         self.net.train()
         with autocast(args, device):
             self.net(images.to(device)).float().sum().backward()
@@ -142,8 +151,12 @@ class Trainer:
         for name, value in self.resumed.best.items():
             if value is not None:
                 log(f"best {name}: {value:.3f}")
-        if self.folder is not None and self.process.is_main:
-            _draw(self.folder.path)
+        if self.process.is_main:
+            if self.folder is not None:
+                _draw(self.folder.path)
+                self._report("finished", examines=True)
+            for line in where_things_are(self.args, self.folder and self.folder.path):
+                log(line)
 
     def _epoch(self, epoch: int) -> None:
         args, live, ema = self.args, self.live, self.live.ema
@@ -152,8 +165,9 @@ class Trainer:
         trained = engine.train_one_epoch(
             self.net, self.loaders.train, live.optimizer, self.schedule, self.criterion, args=args, epoch=epoch,
             process=self.process, scaler=live.scaler, mixup=self.mixup, ema=ema, run_log=self.run_log,
-            progress=progress, watch=self,
+            progress=progress, watch=self, between=self._between,
         )  # fmt: skip
+        ended = time.perf_counter()
         utils.synchronise_buffers(*live.modules())
         if ema is not None:
             set_temperature(ema.module, get_temperature(self.model))
@@ -182,6 +196,7 @@ class Trainer:
                 self._saved = time.monotonic()
             elif improved:
                 self.folder.save_best(state, improved)
+        self._between = time.perf_counter() - ended
 
     def _evaluate(self, progress: EpochProgress) -> dict[str, dict[str, float]]:
         """What the evaluations of an epoch give: of the weights, and of their average where it is evaluated."""
@@ -190,26 +205,30 @@ class Trainer:
         for name, module in {"acc1": self.model, "acc1_ema": averages}.items():
             if module is None or self.loaders.evaluation is None:
                 continue
-            result = engine.evaluate(
-                module, self.loaders.evaluation, args=self.args, device=next(module.parameters()).device,
-                title="EMA " if module is averages else "", stops=lambda: bool(self.signals.asked),
-            )  # fmt: skip
+            # a compiled model takes no observers
+            watched = module is self.model and self.run_log.shows_attentions and not self.args.compile
+            with Attentions(module) if watched else nullcontext() as seen:
+                result = engine.evaluate(
+                    module, self.loaders.evaluation, args=self.args, device=next(module.parameters()).device,
+                    title="EMA " if module is averages else "", stops=lambda: bool(self.signals.asked),
+                )  # fmt: skip
+            if result is not None and seen is not None:
+                self.run_log.attentions((progress.epoch + 1) * self.steps, seen.alphas)
             if result is None:
                 # the resumed run evaluates again
                 self.act(progress, stop=True, save=False)
             results[name] = result
         return results
 
+    def planned(self, progress: EpochProgress) -> bool:
+        """Whether a save is due by the number of updates (`engine.Watch`)."""
+        return bool(self._every) and (progress.epoch * self.steps + progress.update) % self._every == 0
+
     def wishes(self, progress: EpochProgress) -> tuple[bool, bool]:
         """Whether this process wants to stop, and whether it wants to save (`engine.Watch`)."""
-        if self._saves_nothing():
-            return bool(self.signals.asked), False
-        if self._every:
-            due = (progress.epoch * self.steps + progress.update) % self._every == 0
-        else:
-            # the clock of the first process counts
-            due = self.process.is_main and 0 < self._seconds <= time.monotonic() - self._saved
-        return bool(self.signals.asked), due
+        # the clock of the first process counts
+        due = self.process.is_main and 0 < self._seconds <= time.monotonic() - self._saved
+        return bool(self.signals.asked), (due or self.planned(progress)) and not self._saves_nothing()
 
     def act(self, progress: EpochProgress, stop: bool, save: bool) -> None:
         """Save, and stop, as any of the processes wished (`engine.Watch`)."""
@@ -227,7 +246,15 @@ class Trainer:
                 about = f"saved {path}; the same command continues there"
         if stop:
             self.run_log.close()
+            if self.folder is not None and self.process.is_main:
+                self._report(f"stopped in epoch {progress.epoch}", examines=False)
             raise Stopped(self.signals.asked or signal.SIGTERM, about)
+
+    def _report(self, state: str, examines: bool) -> None:
+        if self.args.report:
+            from inspection.record import report
+
+            report(self, state, examines)
 
     def _saves_nothing(self) -> str:
         """Why nothing is saved within an epoch; empty: it is."""
@@ -255,8 +282,8 @@ class Trainer:
         bad = torch.stack([(~torch.isfinite(tensor)).any().to(self.process.device) for tensor in floats]).any()
         if utils.reduce_sum(bad.float()).item():
             raise NonFiniteLoss(
-                f"the weights or the state of the optimizer are not finite in epoch {epoch}, and were not saved; the "
-                "last checkpoint is intact. Lower --lr, raise --opt_eps or set --clip_grad"
+                f"the weights or the state of the optimizer are not finite in epoch {epoch} (from 0, as in log.txt), "
+                "and were not saved; the last checkpoint is intact. Lower --lr, raise --opt_eps or set --clip_grad"
             )
 
 

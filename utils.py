@@ -1,4 +1,4 @@
-"""Start of distributed processes, files that are replaced as a whole, and the progress line."""
+"""Start of distributed processes, files that are replaced as a whole, seeds, and memory."""
 
 import argparse
 import contextlib
@@ -10,7 +10,6 @@ import re
 import resource
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from models.config import ConfigError
 from models.messages import printable
@@ -170,15 +170,59 @@ def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def in_parallel(model: torch.nn.Module, device: torch.device) -> torch.nn.parallel.DistributedDataParallel:
+# How DistributedDataParallel exchanges gradients; `scripts/benchmark_parallel.py` measures each setting against others.
+PARALLEL = {
+    # Each process averages the BatchNorm statistics of its own images, until `synchronise_buffers` makes them equal.
+    # Broadcasting KernelWarehouse's hundreds of buffers would delay every forward pass.
+    "broadcast_buffers": False,
+    # Gradients lie in the buckets that are sent: the same values, without a copy of all gradients in memory.
+    "gradient_as_bucket_view": True,
+    # With it, torch 2.12 fails in the first update of several batches (`no_sync`; pytorch/pytorch#187732).
+    "static_graph": False,
+    # All parameters take part in every step; searching the graph for others would take time in every one.
+    "find_unused_parameters": False,
+}
+
+
+def in_parallel(
+    model: torch.nn.Module, device: torch.device, compression: str = "none", **settings: Any
+) -> torch.nn.parallel.DistributedDataParallel:
     """The model with its gradients averaged over the processes.
 
-    Buffers are not broadcast in every forward pass: each process averages the BatchNorm statistics of its own images,
-    until `synchronise_buffers` makes them equal. Broadcasting the 409 buffers of KernelWarehouse's ResNet50 made the
-    forward pass of two processes, each with two images of 64x64 pixels on the CPU, 5 % slower.
+    Args:
+        model: on its device.
+        device: of the model.
+        compression: "bf16": gradients are rounded to bfloat16 before they are sent, and back afterwards; "none": they
+            are sent as they are.
+        settings: arguments of DistributedDataParallel that replace those of `PARALLEL`.
+
+    Raises:
+        ConfigError: the processes cannot add numbers of that type.
     """
     devices = [device] if device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    net = torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, **{**PARALLEL, **settings})
+    if compression == "bf16":
+        _require_sums(torch.bfloat16, device)
+        net.register_comm_hook(None, bf16_compress_hook)
+    return net
+
+
+def _require_sums(dtype: torch.dtype, device: torch.device) -> None:
+    """Try a sum over the processes in a data type.
+
+    Raises:
+        ConfigError: the backend that connects them has none; in all processes.
+    """
+    try:
+        dist.all_reduce(torch.ones(1, dtype=dtype, device=device))
+    except (RuntimeError, TypeError) as error:
+        # gloo: "Invalid scalar type"; NCCL: "Unconvertible NCCL type"; anything else is another fault
+        if "type" not in str(error):
+            raise
+        raise ConfigError(
+            f"--grad_compression: {dist.get_backend()} of torch {torch.__version__} cannot add {dtype} over processes "
+            f"({' '.join(str(error).split())[:100]}); leave it at none"
+        ) from None
 
 
 def synchronise_buffers(*modules: torch.nn.Module) -> None:
@@ -431,46 +475,9 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# ----------------------------------------------------------------------------------------------------- progress
-
-
-class Progress:
-    """Prints the progress of an epoch: one changing line with a bar on a terminal, plain lines elsewhere.
-
-    Args:
-        title: what is running.
-        total: number of steps.
-        images: images per step over all processes, for the speed.
-        device: device whose greatest memory is shown.
-        begin: steps that an earlier run has done.
-    """
-
-    def __init__(self, title: str, total: int, images: int, device: torch.device, begin: int = 0) -> None:
-        self.title, self.total, self.images, self.device, self.begin = title, total, images, device, begin
-        self.start = time.perf_counter()
-        self.on_terminal = sys.stdout.isatty()
-
-    def update(self, done: int, text: str) -> None:
-        """Show that `done` steps are complete; `text` holds the metrics."""
-        if not is_main_process():
-            return
-        elapsed = time.perf_counter() - self.start
-        ours = done - self.begin
-        left = int(elapsed / ours * (self.total - done))
-        eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        line = f"{text}  {ours * self.images / elapsed:.0f} images/s  eta {eta}{self._memory()}"
-        if self.on_terminal:
-            filled = 20 * done // self.total
-            bar = "#" * filled + "-" * (20 - filled)
-            end = "\n" if done == self.total else ""
-            print(f"\r\033[K{self.title} [{bar}] {done}/{self.total}  {line}", end=end, flush=True)
-        else:
-            print(f"{self.title} {done}/{self.total}  {line}", flush=True)
-
-    def _memory(self) -> str:
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device) / 2**20
-        else:
-            # Linux counts in KiB
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        return f"  memory {peak:.0f} MiB"
+def peak_memory(device: torch.device) -> int:
+    """The greatest memory so far in bytes: that of tensors on a GPU, and that of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10

@@ -82,7 +82,7 @@ class RunFolder:
         later += [path for path in best if fresh or self._position(path, (0, 0)) > position]
         count = len(later)
         if fresh:
-            names = ("log.txt", "steps.jsonl", "curves.png", MANIFEST)
+            names = ("log.txt", "steps.jsonl", "times.jsonl", "curves.png", "report.json", "report.html", MANIFEST)
             later += [self.path / name for name in names if (self.path / name).is_file()]
         if not [path for path in later if path.name != MANIFEST]:
             return

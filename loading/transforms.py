@@ -14,7 +14,7 @@ LARGEST = 1 << 15
 
 
 def make_transform(args: argparse.Namespace, is_train: bool) -> transforms.Compose:
-    """Build the transform of an RGB image to a normalised tensor [3, input_size, input_size].
+    """Build the transform of an RGB image to a normalised tensor [in_chans, input_size, input_size].
 
     - Advanced preprocessing (the papers' 300-epoch recipe): random resized crop, flip, RandAugment or colour jitter,
       and random erasing, bicubic. Evaluation resizes to input_size / crop_pct and crops; from 384 pixels on, it resizes
@@ -25,9 +25,26 @@ def make_transform(args: argparse.Namespace, is_train: bool) -> transforms.Compo
 
     `args.data_set` chooses among them; in evaluation `args.trained_on`, where a checkpoint has told its own data set.
 
+    With --in_chans 1 the images are made grey before they are normalised, by the averages over the channels.
+
     Raises:
         ConfigError: timm does not know the policy of `aa`; `crop_pct` makes images too large.
     """
+    transform = _in_colour(args, is_train)
+    if args.in_chans == 3:
+        return transform
+    steps: list[Callable] = []
+    for step in transform.transforms:
+        if isinstance(step, transforms.Normalize):
+            averages = ((sum(map(float, values)) / len(values),) for values in (step.mean, step.std))
+            steps += [transforms.Grayscale(), transforms.Normalize(*averages)]
+        else:
+            steps.append(step)
+    return transforms.Compose(steps)
+
+
+def _in_colour(args: argparse.Namespace, is_train: bool) -> transforms.Compose:
+    """`make_transform` for images of three channels."""
     size, imagenet = args.input_size, args.imagenet_default_mean_and_std
     mean = IMAGENET_DEFAULT_MEAN if imagenet else (0.5, 0.5, 0.5)
     std = IMAGENET_DEFAULT_STD if imagenet else (0.5, 0.5, 0.5)

@@ -36,9 +36,15 @@ class Command:
 _ALL = {
     "train": Command("main.py", "train an image classifier"),
     "evaluate": Command("main.py", "evaluate a checkpoint: train with --eval true", ("--eval", "true")),
-    "convert": Command("main.py", "report what a dynamic model changes in its static network", ("--dry_run", "true")),
+    "convert": Command(
+        "main.py",
+        "report what a dynamic model changes in its static network, and what a run would do",
+        ("--dry_run", "true"),
+    ),
     "export": Command("scripts/export.py", "write a trained model in another format", extra="export"),
     "predict": Command("scripts/predict.py", "classify images with a trained model"),
+    "visualize": Command("scripts/visualize.py", "draw what a trained model attends to"),
+    "report": Command("scripts/report.py", "write the report of a run, or of several beside each other"),
     "validate": Command("scripts/validate.py", "evaluate trained models in more detail"),
     "average": Command("scripts/average_checkpoints.py", "average the weights of checkpoints"),
     "clean": Command("scripts/clean_checkpoint.py", "reduce a checkpoint to its weights"),

@@ -94,7 +94,7 @@ def build_model(
         overrides: settings that replace the config's.
 
     Returns:
-        A model with the input [B, 3, H, W] and the output logits [B, num_classes].
+        A model with the input [B, 3, H, W] (or `in_chans` for 3) and the output logits [B, num_classes].
 
     Raises:
         ConfigError: (a ValueError) names the key of an unknown or mistyped setting, and the layer and the warehouse of
@@ -131,7 +131,7 @@ def report_model(
     with torch.device("meta"):
         model, method, settings, name = _parts(config, num_classes, overrides)
     if input_size is not None:
-        channels = (model.pretrained_cfg.get("input_size") or (3,))[0]
+        channels = read_config(config, overrides).get("in_chans") or (model.pretrained_cfg.get("input_size") or (3,))[0]
         model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (channels, input_size, input_size)}
     if method is None:
         raise ConfigError(f"'{name}' is static: there is nothing to report")
@@ -172,6 +172,8 @@ def _static(backbone: str, num_classes: int, config: dict[str, Any]) -> nn.Modul
     schedule = config.get("block_drop_path") or ("constant" if is_resnet else "linear")
     if schedule == "linear" and rate:
         kwargs["drop_path_rate"] = rate
+    if config.get("in_chans", 3) != 3:
+        kwargs["in_chans"] = config["in_chans"]
     if "convnext" in backbone:
         for key, name in (("layer_scale_init_value", "ls_init_value"), ("head_init_scale", "head_init_scale")):
             if config.get(key) is not None:

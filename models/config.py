@@ -71,6 +71,14 @@ def merge(config: str | os.PathLike | dict, overrides: dict[str, Any]) -> dict[s
     Raises:
         ConfigError: names the file, the key and the nearest known key.
     """
+    return {name: value for part in merged_parts(config, overrides).values() for name, value in part.items()}
+
+
+def merged_parts(config: str | os.PathLike | dict, overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `merge` merges: "recipe NAME", "config PATH" and "command line" -> settings; the later replace the earlier.
+
+    Arguments and errors are those of `merge`.
+    """
     path = None if isinstance(config, dict) else find_config(config)
     content, name = (config, "config") if path is None else (_load_json(path), str(path))
     own = _check_keys(content, all_options(), name)
@@ -78,11 +86,12 @@ def merge(config: str | os.PathLike | dict, overrides: dict[str, Any]) -> dict[s
         raise ConfigError(f'{path}: "kw_config" cannot be set inside a config; put its settings here instead')
     if path is not None:
         _check_places(own, path, Path(path).parent)
-    settings = {**own, **overrides}
-    if settings.get("recipe") is None:
-        return settings
+    parts = {"config" if path is None else f"config {path}": own, "command line": overrides}
+    recipe = {**own, **overrides}.get("recipe")
+    if recipe is None:
+        return parts
     where = "" if path is None or "recipe" in overrides else f"{path}: "
-    return {**_read_recipe(settings["recipe"], path, where), **settings}
+    return {f"recipe {recipe}": _read_recipe(recipe, path, where), **parts}
 
 
 def find_config(config: str | os.PathLike) -> str | os.PathLike:

@@ -52,6 +52,21 @@ class Option:
         """A copy of this option that takes one value and has the given default."""
         return replace(self, nargs=None, default=default)
 
+    def limits(self) -> str:
+        """The choices or the range, for `--help`; empty where every value of the type is accepted."""
+        if not self.choices:
+            return " ".join(filter(None, (self.hint, self._bounds().removeprefix("of "))))
+        return ", ".join(self.choices) + (f", or {self.hint}" if self.hint else "")
+
+    def _bounds(self) -> str:
+        if self.low is not None and self.high is not None:
+            return f"from {self.low:g} to {self.high:g}"
+        if self.low is not None:
+            return f"of at least {self.low:g}"
+        if self.above is not None:
+            return f"above {self.above:g}" + (f" and at most {self.high:g}" if self.high is not None else "")
+        return ""
+
     def accepts_null(self) -> bool:
         return self.nullable or self.default is None
 
@@ -61,12 +76,7 @@ class Option:
             text = "one of " + ", ".join(self.choices) + (f", or {self.hint}" if self.hint else "")
         else:
             text = self.hint or _TYPE_NAMES[self.type]
-        if self.low is not None and self.high is not None:
-            text += f" from {self.low:g} to {self.high:g}"
-        elif self.low is not None:
-            text += f" of at least {self.low:g}"
-        elif self.above is not None:
-            text += f" above {self.above:g}" + (f" and at most {self.high:g}" if self.high is not None else "")
+        text += f" {self._bounds()}" if self._bounds() else ""
         if self.nargs == 2:
             text = f"two values, each {text}"
         elif self.nargs == "+":
@@ -91,6 +101,13 @@ _OWN: dict[str, Option] = {
             "name of a timm model; METHOD_NAME makes it dynamic, as in kw_resnet18 or od_resnet50",
             pattern=r"[A-Za-z0-9][A-Za-z0-9_.\-]*",
             hint="a model name",
+        ),
+        in_chans=Option(
+            int,
+            3,
+            "channels of the images: 3, or 1, for which they are made grey; in Python any number",
+            low=1,
+            high=2**16,
         ),
         layers=Option(
             str,
@@ -152,6 +169,12 @@ _OWN: dict[str, Option] = {
         ),
         channels_last=Option(bool, False, "use the channels-last memory format"),
         compile=Option(bool, False, "compile the model with torch.compile"),
+        grad_compression=Option(
+            str,
+            "none",
+            "round the gradients to this type before processes exchange them, for slow networks; none: send float32",
+            choices=("none", "bf16"),
+        ),
         model_ema=Option(bool, False, "keep an exponential moving average (EMA) of the weights"),
         model_ema_decay=Option(float, 0.9999, "decay of the EMA per update", **_SHARE),
         model_ema_force_cpu=Option(bool, False, "keep the EMA in the CPU's memory and evaluate it there"),
@@ -184,8 +207,19 @@ _OWN: dict[str, Option] = {
         weight_decay_end=Option(
             float, None, "weight decay at the end of training, reached along a cosine; null: constant", low=0
         ),
-        lr=Option(float, 4e-3, "learning rate for the whole batch; it is not rescaled", low=0),
+        lr=Option(float, 4e-3, "learning rate for the whole batch; --scale_lr rescales it", low=0),
         min_lr=Option(float, 1e-6, "learning rate at the end of the cosine", low=0),
+        lr_batch=Option(
+            int,
+            None,
+            "images per update that lr and min_lr are for, as recipes tell; of no other lr than theirs",
+            low=1,
+        ),
+        scale_lr=Option(
+            bool,
+            False,
+            "multiply lr and min_lr by the images per update (processes x batch_size x update_freq) over lr_batch",
+        ),
         lr_schedule=Option(
             str, "cosine", "learning rate: a cosine, or steps between epochs", choices=("cosine", "step")
         ),
@@ -290,7 +324,12 @@ _OWN: dict[str, Option] = {
     ),
     **_in_group(
         "run",
-        dry_run=Option(bool, False, "print what a dynamic model changes in its static network, and stop"),
+        print_config=Option(bool, False, "print every option with its value and where that is from, and stop"),
+        dry_run=Option(
+            bool,
+            False,
+            "print the data, the model, its costs, the updates, and an estimate of memory and time, and stop",
+        ),
         kw_config=Option(str, None, "config file (JSON) or name of a config; the command line overrides it"),
         recipe=Option(
             str,
@@ -304,6 +343,12 @@ _OWN: dict[str, Option] = {
         disable_eval=Option(bool, False, "do not evaluate during training"),
         log_dir=Option(str, None, "folder for TensorBoard logs (needs tensorboardX)"),
         log_interval=Option(int, 10, "updates between two log lines", low=1),
+        report=Option(
+            bool,
+            True,
+            "write report.html at the end; for its results of single images, the first process passes at most 2,000 "
+            "images through the model, for at most a minute",
+        ),
         enable_wandb=Option(bool, False, "log to Weights & Biases (needs wandb)"),
         project=Option(str, "convnext", "project name for Weights & Biases"),
         wandb_ckpt=Option(bool, False, "upload the checkpoints to Weights & Biases"),

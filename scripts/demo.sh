@@ -13,7 +13,7 @@ SECONDS=0
 
 # A demo starts afresh: with the files of the run before, main.py would resume it and have nothing left to do.
 # Only the files of such a run are removed, as OUTPUT_DIR may be any folder.
-rm -f "$output"/checkpoint-*.pth "$output"/log.txt "$output"/curves.png "$output"/eval.txt
+rm -f "$output"/checkpoint-*.pth "$output"/{log.txt,curves.png,report.json,report.html,eval.txt}
 
 .venv/bin/python main.py --kw_config "$config" --output_dir "$output"
 echo
@@ -25,4 +25,5 @@ echo "demo.sh: done in $SECONDS s"
 echo "  accuracy    $(grep -F '* Acc@1' "$output/eval.txt")"
 echo "  log         $output/log.txt"
 echo "  curves      $output/curves.png"
+echo "  report      $output/report.html"
 echo "  checkpoint  $output/checkpoint-best.pth"

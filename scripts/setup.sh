@@ -82,11 +82,11 @@ make_venv() {
 }
 
 install_core() {
-    step "install requirements.txt, requirements-dev.txt and requirements-export.txt" \
+    step "install requirements.txt, requirements-dev.txt, requirements-export.txt and requirements-look.txt" \
         "see the message of pip above; when the network or the disk is cured, run this again" \
-        pip_install -r requirements.txt -r requirements-dev.txt -r requirements-export.txt
+        pip_install -r requirements.txt -r requirements-dev.txt -r requirements-export.txt -r requirements-look.txt
     step "import what was installed" "delete $venv and run this again" \
-        "$python" -c 'import matplotlib, onnxruntime, onnxscript, pytest, sklearn, tensorboardX, timm, torch, torchvision'
+        "$python" -c 'import matplotlib, onnxruntime, onnxscript, pytest, sklearn, tensorboardX, timm, torch, torchcam, torchvision'
     fingerprint "${core_files[@]}" > "$venv/.core"
 }
 
@@ -135,7 +135,7 @@ if command -v flock > /dev/null; then
     flock 9
 fi
 
-core_files=(requirements.txt requirements-dev.txt requirements-export.txt)
+core_files=(requirements.txt requirements-dev.txt requirements-export.txt requirements-look.txt)
 detection_files=(requirements.txt requirements-detection.txt)
 
 usable || make_venv

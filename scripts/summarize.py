@@ -155,7 +155,7 @@ def count(path, input_size, known):
     with torch.device("meta"):
         model = build_model(config, num_classes=classes)
     try:
-        known[key] = count_layers(model, size)
+        known[key] = count_layers(model, size, config.get("in_chans", 3))
         return known[key]
     except (RuntimeError, AssertionError) as error:
         # timm's vision transformers assert their image size

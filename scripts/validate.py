@@ -41,7 +41,7 @@ def parse_arguments(argv):
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="path or URL of a checkpoint")
     parser.add_argument("--output", default="results.csv", help="file to write; default %(default)s")
     options = parse_words(parser, argv)
-    for name in ("resume", "eval", "dry_run"):
+    for name in ("resume", "eval", "dry_run", "print_config"):
         if name in options:
             raise ConfigError(f"--{name} is not for this script; name the checkpoints to evaluate without an option")
     if read_launcher(merged_options(options)[0])[1] > 1:

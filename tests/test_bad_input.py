@@ -78,6 +78,27 @@ def test_data_folders(folder, tmp_path, capsys):
     assert "3 classes" in refused(capsys, on_images(folder, nb_classes=1000))
 
 
+def test_one_class_and_one_image(tmp_path, capsys):
+    root = make_image_folder(tmp_path / "class", train=8, val=4, classes=("ant",))
+    assert "one class (ant)" in refused(capsys, on_images(root))
+    root = make_image_folder(tmp_path / "images", train=2, val=2, classes=("ant", "bee"))
+    assert "2 training images are too few for one update of 4" in refused(capsys, on_images(root))
+    line = refused(capsys, on_images(root, batch_size=1))
+    assert "--batch_size 1: BatchNorm" in line and "two or more" in line
+    # without it one image is enough
+    assert main.main(on_images(root, batch_size=1, model="test_vit", input_size=160, epochs=1)) == 0
+
+
+def test_without_the_library_for_curves(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    assert main.main(quick(epochs=1, output_dir=tmp_path)) == 0
+    captured = capsys.readouterr()
+    (line,) = [line for line in (captured.out + captured.err).splitlines() if "matplotlib" in line]
+    assert line == "curves.png was not drawn: matplotlib is not installed" and not (tmp_path / "curves.png").exists()
+    assert "curves " not in captured.out.split(line)[1]
+
+
 def test_checkpoints(tmp_path, capsys):
     good = build_model({"model": "test_resnet"}, num_classes=10).state_dict()
     path = tmp_path / "checkpoint.pth"

@@ -67,6 +67,8 @@ def test_about(path):
     settings = {"nproc_per_node": 1, "batch_size": 64, "update_freq": 1, **read_config(ROOT / path), **options}
     batch = [int(settings[key]) for key in ("nproc_per_node", "batch_size", "update_freq")]
     assert factors == [*batch, batch[0] * batch[1] * batch[2]]
+    # of which --scale_lr makes the learning rate of another one
+    assert settings["lr_batch"] == factors[-1]
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -99,6 +101,8 @@ def test_released_settings_are_kept(name, tmp_path):
     decay = {"decay_layer_scale": True} if name in DECAYS_LAYER_SCALE else {}
     file.write_text(json.dumps({**RELEASED[name], **BY_ITSELF, **decay}))
     released, ours = read_config(file), read_config(ROOT / f"configs/{name}.json")
+    # held by test_about; without --scale_lr it changes no run
+    assert ours.pop("lr_batch") and not ours.get("scale_lr")
     defaults = {key: option.default for key, option in OPTIONS.items()}
     assert {**defaults, **ours} == {**defaults, **released}
     # a model may have defaults of its own
@@ -130,6 +134,7 @@ def test_recipe(name):
     factors = [int(n) for n in re.findall(r"\d+", about["batch"])]
     assert factors == [processes, args.batch_size, args.update_freq, batch]
     assert (args.epochs, args.opt, batch, args.lr, args.weight_decay) == STATED[name]
+    assert args.lr_batch == batch
 
 
 def test_every_config_states_its_source():

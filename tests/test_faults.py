@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import time
+import types
 
 import numpy as np
 import pytest
@@ -53,6 +54,8 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, images):
     folder = tmp_path_factory.mktemp("unbroken")
+    # a fixture of the module comes before those of its tests; more threads add in another order
+    torch.set_num_threads(1)
     assert main.main(quick(**FULL, data_path=images, output_dir=folder)) == 0
     return folder
 
@@ -118,6 +121,28 @@ def test_a_signal_saves_and_the_resumed_run_loses_nothing(unbroken, images, tmp_
     assert main.main(quick(**options)) == 0
     assert difference_of(read(tmp_path / "checkpoint-1.pth"), read(unbroken / "checkpoint-1.pth")) == []
     assert (tmp_path / "steps.jsonl").read_text() == (unbroken / "steps.jsonl").read_text()
+
+
+def test_saves_after_minutes(unbroken, images, tmp_path, monkeypatch):
+    """With a clock on which every update takes a minute."""
+    now, saved = [0.0], []
+    wishes, act = training.Trainer.wishes, training.Trainer.act
+
+    def later(self, progress):
+        now[0] += 60
+        return wishes(self, progress)
+
+    def noted(self, progress, stop, save):
+        saved.extend([(progress.epoch, progress.update)] * save)
+        return act(self, progress, stop, save)
+
+    monkeypatch.setattr(training, "time", types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.time))
+    monkeypatch.setattr(training.Trainer, "wishes", later)
+    monkeypatch.setattr(training.Trainer, "act", noted)
+    assert main.main(quick(**{**FULL, "save_interval": "2m"}, data_path=images, output_dir=tmp_path)) == 0
+    # the save at the end of the epoch counts
+    assert saved == [(0, 2), (0, 4), (1, 2), (1, 4)]
+    assert difference_of(read(tmp_path / "checkpoint-1.pth"), read(unbroken / "checkpoint-1.pth")) == []
 
 
 def test_a_signal_in_an_evaluation(unbroken, images, tmp_path, monkeypatch):

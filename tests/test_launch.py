@@ -107,7 +107,9 @@ def test_one_process_as_a_user_starts_it(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "running on the CPU" in done.stdout and len(accuracy(done.stdout)) == 1
     # plain lines where there is no terminal
-    assert "\r" not in done.stdout and re.search(r"epoch 0 6/6 .*images/s +eta 0:00:00 +memory \d+ MiB", done.stdout)
+    assert "\r" not in done.stdout and re.search(
+        r"epoch 1/1 6/6 .*left 0:00:00 .*images/s .*memory \d+ MiB", done.stdout
+    )
 
 
 @pytest.mark.slow

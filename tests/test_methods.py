@@ -81,7 +81,7 @@ else:
 
 def test_a_new_method_is_one_file_and_one_name(tmp_path):
     assert len(GAIN.splitlines()) <= 43
-    folders = ("models", "checkpoints", "loading", "tests", "configs/recipes")
+    folders = ("models", "checkpoints", "loading", "inspection", "scripts", "tests", "configs/recipes")
     for name in (*folders, "pyproject.toml", *(path.name for path in ROOT.glob("*.py"))):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -88,8 +88,8 @@ def test_wheel_holds_the_files_of_the_project(wheel):
     scripts = [ROOT / command.script for command in COMMANDS.values()]
     for path in [*files_of(".", "*.py"), *files_of("configs", "**/*.json"), *scripts]:
         expected[f"kernelwarehouse/app/{path.relative_to(ROOT).as_posix()}"] = path.read_bytes()
-    for folder in ("checkpoints", "loading", "detection"):
-        for path in files_of(folder, "**/*.py"):
+    for folder in ("checkpoints", "loading", "detection", "inspection"):
+        for path in [file for kind in ("py", "css", "js") for file in files_of(folder, f"**/*.{kind}")]:
             expected[f"kernelwarehouse/app/{path.relative_to(ROOT).as_posix()}"] = path.read_bytes()
     found = {name: data for name, data in content_of(wheel).items() if ".dist-info/" not in name}
     assert sorted(found) == sorted(expected)
@@ -102,7 +102,7 @@ def test_metadata(wheel):
     metadata = email.message_from_bytes(content[f"{folder}/METADATA"])
     assert metadata["Version"] == models.__version__ and wheel.name.startswith(f"kernelwarehouse-{models.__version__}-")
     assert metadata["License-Expression"] == "Apache-2.0" and f"{folder}/licenses/LICENSE" in content
-    assert {"train", "export", "detection"} == set(metadata.get_all("Provides-Extra"))
+    assert {"train", "look", "export", "detection"} == set(metadata.get_all("Provides-Extra"))
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     names = {line.split(">")[0] for line in needed}
     assert names == {"torch", "torchvision", "timm", "safetensors", "numpy", "pillow"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-REQUIREMENTS = ("requirements.txt", "requirements-dev.txt", "requirements-export.txt", "requirements-detection.txt")
+REQUIREMENTS = [f"requirements{part}.txt" for part in ("", "-dev", "-export", "-look", "-detection")]
 
 
 def run(*command, cwd, **env):

@@ -11,7 +11,7 @@ LINES_OF_FUNCTIONS = 60
 LONG = {"main.py": {"run"}, "engine.py": {"train_one_epoch"}, "triton_kernels.py": {"convolve", "mix_and_convolve"}}
 FILES = sorted(
     path.relative_to(ROOT)
-    for pattern in ("*.py", "models/**/*.py", "loading/*.py", "detection/*.py", "scripts/*.py")
+    for pattern in ("*.py", "models/**/*.py", "loading/*.py", "detection/*.py", "scripts/**/*.py")
     for path in ROOT.glob(pattern)
 )
 

@@ -57,20 +57,6 @@ def last(run):
     return run / "checkpoint-1.pth"
 
 
-@pytest.fixture
-def refused(capsys):
-    """Runs a script that must refuse its arguments; returns its one line."""
-
-    def refused(script, *arguments):
-        capsys.readouterr()
-        assert script.main([str(word) for word in arguments]) == 2
-        captured = capsys.readouterr()
-        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.out == ""
-        return captured.err
-
-    return refused
-
-
 def probabilities(checkpoint, path, key="model"):
     """Of the classes of an image, by the definition: torchvision's operations, and the model of the config."""
     content = torch.load(checkpoint, weights_only=True)
@@ -120,7 +106,7 @@ def test_a_reader_that_has_enough(last, images):
 ODD = ['a,b "c"\n.jpg', "d\re.JPG", "\u00e9\u4e16 \U0001f41c.jpeg", b"\xff.jpg", "=1+1.jpg", "-x.jpg", "{}%s'.jpg"]
 
 
-def test_odd_names_and_unreadable_images(last, images, tmp_path, capsys, refused):
+def test_odd_names_and_unreadable_images(last, images, tmp_path, capsys, refuses):
     folder = tmp_path / "odd"
     (folder / "inside").mkdir(parents=True)
     (folder / "inside" / "above").symlink_to(folder)
@@ -152,7 +138,7 @@ def test_odd_names_and_unreadable_images(last, images, tmp_path, capsys, refused
         # in CSV, line breaks are kept and other control characters escaped
         names = {name.replace("\r", "\\r") for name in expected} if form == "csv" else expected
         assert len(found) == len(names) and set(found) == names
-    assert refused(predict, last, folder / "inside" / "bad.jpg").startswith(f"error: {folder}/inside/bad.jpg: cannot")
+    assert refuses(predict, last, folder / "inside" / "bad.jpg").startswith(f"error: {folder}/inside/bad.jpg: cannot")
     assert predict.main([str(last), str(folder / "inside" / "bad.jpg"), str(folder / "thin.png")]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.splitlines()[2].startswith("error: none of the 2 images")
@@ -202,7 +188,7 @@ def test_an_output_that_cannot_be_written(last, images, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_no_script_writes_over_what_it_reads(last, images, tmp_path, refused, link):
+def test_no_script_writes_over_what_it_reads(last, images, tmp_path, refuses, link):
     folder = tmp_path / "in"
     folder.mkdir()
     first, second, image, config = (folder / name for name in ("a.pth", "b.pth", "x.jpg", "config.json"))
@@ -225,7 +211,7 @@ def test_no_script_writes_over_what_it_reads(last, images, tmp_path, refused, li
             output = tmp_path / f"link{path.suffix}"
             output.unlink(missing_ok=True)
             output.hardlink_to(path)
-        assert f"{path} itself, which is read" in refused(script, *arguments, "--output", output)
+        assert f"{path} itself, which is read" in refuses(script, *arguments, "--output", output)
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -246,7 +232,7 @@ def test_predictions_of_unnamed_classes_and_of_a_released_checkpoint(images, tmp
     assert captured.out == "" and "not finite" in captured.err
 
 
-def test_predict_refuses(last, images, tmp_path, refused):
+def test_predict_refuses(last, images, tmp_path, refuses):
     image = images / "val/ant/0.JPEG"
     (tmp_path / "empty").mkdir()
     for arguments, part in (
@@ -270,7 +256,7 @@ def test_predict_refuses(last, images, tmp_path, refused):
         ((last, image, "--output", "/dev/null"), "/dev/null"),
         ((last,), "images"),
     ):
-        assert part in refused(predict, *arguments)
+        assert part in refuses(predict, *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"] and Path("/dev/null").is_char_device()
 
 
@@ -320,7 +306,7 @@ def test_preprocessing_in_the_table(options, expected):
     assert tuple(validate.preprocessing(args).values()) == expected
 
 
-def test_validate_refuses(last, tmp_path, refused, monkeypatch):
+def test_validate_refuses(last, tmp_path, refuses, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, part in (
         ((), "CKPT"),
@@ -329,10 +315,10 @@ def test_validate_refuses(last, tmp_path, refused, monkeypatch):
         ((last, "--resume", last), "--resume"),
         ((last, "--output", tmp_path / "no" / "x.csv"), "there is no folder"),
     ):
-        assert part in refused(validate, *arguments)
+        assert part in refuses(validate, *arguments)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in refused(validate, last)
+    assert "one process" in refuses(validate, last)
     assert not any(tmp_path.iterdir())
 
 
@@ -369,7 +355,7 @@ def test_average_is_evaluated_resumed_and_tuned(run, images, tmp_path, capsys):
         assert all(torch.equal(tuned[key], mean[key]) for key in mean if key.endswith("weight"))
 
 
-def test_average_refuses(run, tmp_path, refused):
+def test_average_refuses(run, tmp_path, refuses):
     paths, out = [run / f"checkpoint-{epoch}.pth" for epoch in (0, 1)], ("--output", tmp_path / "out.pth")
     content = checkpoints.read(paths[1])
     others = {
@@ -385,13 +371,13 @@ def test_average_refuses(run, tmp_path, refused):
     for name, (other, part) in others.items():
         path = tmp_path / f"{name}.pth"
         torch.save(other, path)
-        line = refused(average_checkpoints, *paths, path, *out)
+        line = refuses(average_checkpoints, *paths, path, *out)
         assert part in line and str(path) in line
         assert name in ("empty", "object", "nan") or str(paths[0]) in line
-    assert "two or more" in refused(average_checkpoints, paths[0], *out)
-    assert "missing.pth" in refused(average_checkpoints, paths[0], "missing.pth", *out)
-    assert ".safetensors" in refused(average_checkpoints, *paths, "--output", tmp_path / "x.onnx")
-    assert "--output" in refused(average_checkpoints, *paths)
+    assert "two or more" in refuses(average_checkpoints, paths[0], *out)
+    assert "missing.pth" in refuses(average_checkpoints, paths[0], "missing.pth", *out)
+    assert ".safetensors" in refuses(average_checkpoints, *paths, "--output", tmp_path / "x.onnx")
+    assert "--output" in refuses(average_checkpoints, *paths)
     assert not (tmp_path / "out.pth").exists()
 
 
@@ -440,16 +426,16 @@ def test_clean_a_released_checkpoint(tmp_path, capsys):
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def test_clean_refuses(last, tmp_path, refused, monkeypatch):
+def test_clean_refuses(last, tmp_path, refuses, monkeypatch):
     out = ("--output", tmp_path / "out.pth")
-    assert "missing.pth" in refused(clean_checkpoint, "missing.pth", *out)
-    assert ".safetensors" in refused(clean_checkpoint, last, "--output", tmp_path / "x.bin")
-    assert "there is no folder" in refused(clean_checkpoint, last, "--output", tmp_path / "no" / "x.pth")
+    assert "missing.pth" in refuses(clean_checkpoint, "missing.pth", *out)
+    assert ".safetensors" in refuses(clean_checkpoint, last, "--output", tmp_path / "x.bin")
+    assert "there is no folder" in refuses(clean_checkpoint, last, "--output", tmp_path / "no" / "x.pth")
     state = {"model": {"weight": torch.ones(3)}}
     torch.save(state, tmp_path / "bare.pth")
-    assert "averaged" in refused(clean_checkpoint, tmp_path / "bare.pth", *out, "--ema")
+    assert "averaged" in refuses(clean_checkpoint, tmp_path / "bare.pth", *out, "--ema")
 
-    assert "too long" in refused(clean_checkpoint, last, "--output", tmp_path / f"{'x' * 300}.pth")
+    assert "too long" in refuses(clean_checkpoint, last, "--output", tmp_path / f"{'x' * 300}.pth")
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
@@ -459,7 +445,7 @@ def test_clean_refuses(last, tmp_path, refused, monkeypatch):
         for suffix in (".pth", ".safetensors"):
             output = tmp_path / f"out{suffix}"
             if (place, suffix) != ("torch.save", ".safetensors"):
-                line = refused(clean_checkpoint, last, "--output", output)
+                line = refuses(clean_checkpoint, last, "--output", output)
                 assert line.startswith(f"error: {output}: cannot be written: ") and "No space left" in line
         monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["bare.pth"]

@@ -1,0 +1,125 @@
+"""The pictures of the backbone of a detector, which sees images as the detector's test does."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loading.folders import images_in
+from loading.images import UnreadableImage, read_image
+from models.config import ConfigError
+
+from .attentions import Collector, require_attentions
+from .cams import COLUMNS, cam_picture, cams_of
+from .embedding import Features, kernel_pictures, tsne_picture
+from .images import chosen
+from .looking import attention_set, check_labels
+from .pictures import Picture
+
+OF = "most certain object"
+
+
+def of_detector(args: argparse.Namespace) -> tuple[str, list[Picture]]:
+    """The name of the backbone's model, and its pictures.
+
+    An image counts as one of the class of the object that the detector is most certain of.
+
+    Args:
+        args: of `scripts/visualize.py`.
+
+    Raises:
+        ConfigError: mmdetection is not installed, or the detector, the images or the options do not fit.
+    """
+    if not args.images or args.beside or args.kw_config or args.ema:
+        raise ConfigError(
+            "--detector takes its images from --images, and neither --beside, --kw_config nor --ema: its config tells "
+            "the model"
+        )
+    detector = _open(args)
+    backbone = detector.backbone.model
+    if {"attentions", "kernels"} & set(args.pictures):
+        require_attentions(backbone, args.checkpoint)
+    files = images_in(args.images, lambda note: None)
+    files = [files[i] for i in chosen(len(files), args.count)]
+    names = list(detector.dataset_meta["classes"])
+    features, labels = Features(detector.backbone, of_input=False), []
+    others = [kind for kind in args.pictures if kind != "cam"]
+    if others:
+        with torch.no_grad(), features(), Collector(backbone, samples="kernels" in others) as collector:
+            for file in files:
+                found = detector.test_step(_data(detector, file))[0].pred_instances
+                label = int(found.labels[found.scores.argmax()]) if len(found.scores) else len(names)
+                collector.add([label])
+                labels.append(label)
+        check_labels(labels, others, "predicted class")
+    names.append("none")
+    pictures = attention_set(collector.found) if "attentions" in others else []
+    if "features" in others:
+        title = "t-SNE of the features of the backbone"
+        panels = {"last map, averaged over its positions": features.vectors}
+        pictures.append(tsne_picture("tsne-features", title, panels, labels, names, OF))
+    if "kernels" in others:
+        pictures += kernel_pictures(collector.found, names, OF)
+    if "cam" in args.pictures:
+        pictures.append(_cams(detector, files[:COLUMNS], names))
+    return detector.backbone.name, pictures
+
+
+def _open(args: argparse.Namespace) -> Any:
+    """The detector of a config and a checkpoint, in evaluation mode."""
+    try:
+        from mmdet.utils import register_all_modules
+    except ImportError:
+        raise ConfigError("--detector needs mmdetection: bash scripts/setup.sh installs it") from None
+    from detection import infer, tools
+
+    tools.require_checkpoint(args.checkpoint)
+    options = {"config": args.detector, "launcher": "none", "cfg_options": None, "work_dir": None, "local_rank": 0}
+    cfg = tools.read_config(argparse.Namespace(**options))
+    register_all_modules()
+    detector = infer.load_detector(cfg, args.checkpoint, args.device)
+    if not hasattr(detector.backbone, "model"):
+        raise ConfigError(f"{args.detector}: its backbone is not a model of this project (ClassificationBackbone)")
+    return detector
+
+
+def _data(detector: Any, file: str) -> dict[str, Any]:
+    """An image as the detector's test prepares it.
+
+    Raises:
+        UnreadableImage: names the image.
+    """
+    from mmcv.transforms import Compose
+    from mmdet.utils import get_test_pipeline_cfg
+
+    # refuses what OpenCV would decode in part
+    read_image(file, f"image '{file}'")
+    try:
+        data = Compose(get_test_pipeline_cfg(detector.cfg))({"img_path": file, "img_id": 0})
+    except Exception as error:
+        # OpenCV knows other formats
+        reason = str(error) or type(error).__name__
+        raise UnreadableImage(f"image '{file}' cannot be prepared ({reason.splitlines()[0][:120]})") from None
+    return {"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]}
+
+
+def _cams(detector: Any, files: Sequence[str], names: Sequence[str]) -> Picture:
+    """Grad-CAM++ of the class that the detector is most certain of, over the backbone's last map."""
+    batches = [detector.data_preprocessor(_data(detector, file), False) for file in files]
+
+    def scores(batch: dict[str, Any]) -> Tensor:
+        # scores of classes [proposals, classes + 1], of which the last is the background
+        logits = detector(batch["inputs"], batch["data_samples"], mode="tensor")[0]
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return logits.log_softmax(1)[:, :-1].amax(0, keepdim=True)
+
+    found = cams_of(detector.backbone.model, batches, scores, names, detector.backbone.name, torch.exp)
+    preprocessor = detector.data_preprocessor
+    images = []
+    for batch in batches:
+        image = batch["inputs"][0] * preprocessor.std + preprocessor.mean
+        height, width = batch["data_samples"][0].img_shape[:2]
+        images.append((image / 255).clamp(0, 1).permute(1, 2, 0)[:height, :width].cpu().numpy())
+    return cam_picture(images, None, [found])
