@@ -6,6 +6,9 @@ Not thread-safe: the observers and the forced backend are global.
 import contextlib
 from collections.abc import Callable, Iterator
 
+import torch
+from torch import Tensor, nn
+
 _observers = []
 _forced = None
 
@@ -47,3 +50,16 @@ def forced_backend(backend: str | None) -> Iterator[None]:
 def backend_forced() -> str | None:
     """The backend that `forced_backend` has set, or None."""
     return _forced
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a call with x may skip PyTorch's dispatcher: no trace, mode or transformation of functions sees it."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, nn.Parameter)
+        and _forced not in ("naive", "portable")
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_torch_function_mode_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )

@@ -5,10 +5,11 @@ q = ci * prod(k) numbers that a cell reads per position, T taps (kernel position
 positions, Go and Gi blocks of co output and ci input channels of a group.  A dead tap sees only padding.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,14 @@ class Geometry:
     dilation: tuple[int, ...]
     out: tuple[int, ...]  # spatial size of the output
     last: bool = False  # whether channels of x are innermost in memory
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Caches look a geometry up at every call, so its hash is computed only once."""
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     @property
     def taps(self) -> int:
@@ -153,8 +162,8 @@ def empty_like_layout(x: Tensor, channels: int, out: Sequence[int]) -> Tensor:
 
 def live_alpha(alpha: Tensor, geo: Geometry) -> Tensor:
     """alpha [B, m, n] -> [B, T, Go, Gi, n] without the dead taps, Go over all groups; a view where memory allows it."""
-    if not geo.per_tap:
-        return alpha.reshape(geo.batch, 1, geo.g_out, geo.g_in, geo.n)
+    if not geo.per_tap or geo.kernel == geo.full_kernel:
+        return alpha.reshape(geo.batch, geo.taps, geo.g_out, geo.g_in, geo.n)
     alpha = alpha.reshape(geo.batch, *geo.full_kernel, geo.g_out, geo.g_in, geo.n)
     for dim, (first, size) in enumerate(zip(geo.first_tap, geo.kernel, strict=True)):
         alpha = alpha.narrow(dim + 1, first, size)

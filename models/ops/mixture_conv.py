@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .backends import BACKENDS, available_backends
 from .backends.triton_support import TritonFailed
-from .control import backend_forced, tell
+from .control import backend_forced, is_plain, tell
 from .cost import cheapest
 from .geometry import Geometry, geometry, is_channels_last, output_size
 from .naive import mixture_conv_naive
@@ -69,12 +69,19 @@ def mixture_conv(
         return mixture_conv_naive(x, alpha, cells.to(dtype), kernel_size, bias, stride, padding, dilation, groups)
     if name == "portable":
         return portable_mixture_conv(x, alpha, cells.to(dtype), kernel_size, bias, stride, padding, dilation, groups)
-    tensors = [x, alpha, cells] if bias is None else [x, alpha, cells, bias]
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    eager = differentiable and not torch.compiler.is_compiling()
-    operator = _Differentiable.apply if eager else torch.ops.kernelwarehouse.mixture_conv
-    strict = backend is not None
+    operator, strict = _operator(x, alpha, cells, bias), backend is not None
     return operator(x, alpha, cells, bias, kernel_size, stride, padding, dilation, groups, name, strict)
+
+
+def _operator(x, alpha, cells, bias):
+    """The way to call the operator: with autograd, by PyTorch's dispatcher, or directly.
+
+    Calling the dispatcher takes longer than small layers take to compute.
+    """
+    tensors = [x, alpha, cells] if bias is None else [x, alpha, cells, bias]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and not torch.compiler.is_compiling():
+        return _Differentiable.apply
+    return _evaluate if all(map(is_plain, tensors)) else torch.ops.kernelwarehouse.mixture_conv
 
 
 def _check(x, alpha, cells, kernel_size, groups):
@@ -142,8 +149,7 @@ def _in_layout(y, last):
     return y.movedim(1, -1).contiguous().movedim(-1, 1) if last else y.contiguous()
 
 
-@torch.library.custom_op("kernelwarehouse::mixture_conv", mutates_args=())
-def _mixture_conv(
+def _evaluate(
     x: torch.Tensor,
     alpha: torch.Tensor,
     cells: torch.Tensor,
@@ -171,6 +177,9 @@ def _mixture_conv(
     y = _in_layout(y, is_channels_last(x))
     # in place, because allocating new memory costs as much as the addition
     return y if bias is None else y.add_(bias.view(-1, *[1] * len(geo.out)))
+
+
+_mixture_conv = torch.library.custom_op("kernelwarehouse::mixture_conv", _evaluate, mutates_args=())
 
 
 @_mixture_conv.register_fake

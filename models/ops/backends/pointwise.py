@@ -62,7 +62,9 @@ class _Pass:
 
     def __init__(self, x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> None:
         dtype = TYPES[x.dtype]
-        self.x, self.cells = x[_seen(geo)].to(dtype).contiguous(), cells.to(dtype).contiguous()
+        # indexing takes longer than the check
+        x = x[_seen(geo)] if x.shape[2:] != geo.out else x
+        self.x, self.cells = x.to(dtype).contiguous(), cells.to(dtype).contiguous()
         self.rows = live_alpha(alpha, geo).to(dtype).contiguous()  # [B, 1, Go, Gi, n]
         self.step = max(1, KERNEL_BYTES // (self.rows[0, ..., 0].numel() * cells[0].numel() * dtype.itemsize))
         self.geo = geo
