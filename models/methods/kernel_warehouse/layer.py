@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import mixture_conv, with_bias
-from ..attention_functions import Annealed, total
+from ...ops.attention import attend
+from ..attention_functions import EPSILON, Annealed, total
 from ..layer import AttentionNorm, Conv1d, Conv2d, Conv3d, Linear, check_choice, global_pool, hidden_width, scaled
 from ..odconv import ODHeads
 from .warehouse import STATIC, Warehouse
@@ -145,6 +146,11 @@ class KWAttention(nn.Module):
 
     def forward(self, pooled: Tensor, hidden: Tensor | None = None) -> Tensor:
         """alpha [B, m, n] of pooled inputs [B, C], of which the hidden vectors [B, H] may be known already."""
+        if hidden is None and self.attention_function == "caf" and not self.basis and self.only is None:
+            layers = self.fc1, self.norm1, self.fc2
+            alpha = attend(pooled, *layers, self.beta, self.temperature, EPSILON, self.m)
+            if alpha is not None:
+                return alpha
         z = self._logits(self.hidden(pooled) if hidden is None else hidden)
         if self.attention_function == "softmax":
             alpha = z.softmax(dim=2)

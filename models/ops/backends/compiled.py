@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-HEADERS = ("registers.h", "mixing.h")
+HEADERS = ("registers.h", "streaming.h", "mixing.h")
 # the data type of the computation for each data type of the inputs
 TYPES = {torch.float64: torch.float64, **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float32)}
 NAMES = {torch.float32: "float", torch.float64: "double"}
@@ -62,7 +62,9 @@ def library(source: str, dtype: torch.dtype) -> ctypes.CDLL | None:
             f"{source.name} could not be compiled, slower backends are used: {' '.join(reason)}", stacklevel=2
         )
         return None
-    functions.lanes.restype = functions.parts_of_alpha.restype = ctypes.c_int64
+    for name in ("lanes", "parts_of_alpha"):
+        if hasattr(functions, name):
+            getattr(functions, name).restype = ctypes.c_int64
     return functions
 
 

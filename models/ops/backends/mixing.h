@@ -1,7 +1,7 @@
 // Products of attentions and a warehouse: kernels[row][e] = sum_j alpha[row][j] cells[j][e], and their gradients.
 #pragma once
 
-#include "registers.h"
+#include "streaming.h"
 
 struct Mixture {
   Int rows, n, width;  // number of mixed cells, of cells in the warehouse, and of numbers in each
@@ -15,22 +15,6 @@ constexpr Int COLUMNS = 8 * TILE;
 constexpr Int SUMMED_NUMBERS = (640 << 10) / Int(sizeof(real)), SUMMED_COLUMNS = 64 * TILE;
 
 static thread_local Buffer mixing[3];
-
-// the count, rounded up to whole vectors
-static Int whole(Int count) { return (count + LANES - 1) / LANES * LANES; }
-
-// to[column][row] = from[row][column]
-static void transpose_all(const real *from, Int from_step, Int rows, Int columns, real *to, Int to_step) {
-  for (Int r = 0; r < rows; r += LANES)
-    for (Int c = 0; c < columns; c += LANES) {
-      if (r + LANES <= rows && c + LANES <= columns) {
-        transpose(from + r * from_step + c, from_step, to + c * to_step + r, to_step);
-        continue;
-      }
-      for (Int i = r; i < std::min(r + LANES, rows); i++)
-        for (Int j = c; j < std::min(c + LANES, columns); j++) to[j * to_step + i] = from[i * from_step + j];
-    }
-}
 
 // c[row][e] = sum_k a[row][k] b[k][e] for `count` columns.  Whole vectors of b are read, but only `count` columns are
 // written.  spare: memory of ROWS tiles.
@@ -58,8 +42,20 @@ static void columns_product(Product p, Int rows, Int count, real *spare) {
   }
 }
 
+// up to this many rows, reading the warehouse takes longer than the products
+constexpr Int FEW_ROWS = 16;
+
 static void mix(const Mixture &m, const real *alpha, const real *cells, real *kernels) {
   const std::vector<Int> a_rows = steps(m.rows, m.n), c_rows = steps(m.rows, m.width);
+  if (m.rows <= FEW_ROWS) {
+    // a multiple of a vector for every thread
+    const Int share = whole((m.width + m.threads - 1) / m.threads), shares = (m.width + share - 1) / share;
+#pragma omp parallel for schedule(static) num_threads(m.threads)
+    for (Int i = 0; i < shares; i++)
+      stream({cells + i * share, m.width, alpha, a_rows.data(), m.rows, kernels + i * share, m.width}, m.n,
+             std::min(share, m.width - i * share));
+    return;
+  }
   const Int parts = (m.width + COLUMNS - 1) / COLUMNS;
 #pragma omp parallel for schedule(static) num_threads(m.threads)
   for (Int part = 0; part < parts; part++) {

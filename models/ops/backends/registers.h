@@ -34,6 +34,9 @@ static inline void store(real *p, vec v) { *reinterpret_cast<vec *>(p) = v; }
 
 extern "C" Int lanes() { return LANES; }
 
+// the count, rounded up to whole vectors
+static Int whole(Int count) { return (count + LANES - 1) / LANES * LANES; }
+
 // offsets of rows that are `step` apart
 static std::vector<Int> steps(Int count, Int step) {
   std::vector<Int> table(count);
@@ -217,6 +220,21 @@ static inline void transpose(const real *from, Int from_step, real *to, Int to_s
   for (int l = 0; l < LANES; l++)
     for (int k = 0; k < LANES; k++) to[k * to_step + l] = from[l * from_step + k];
 #endif
+}
+
+// to[column][row] = from[row][column]
+static void transpose_all(const real *from, Int from_step, Int rows, Int columns, real *to, Int to_step) {
+  if (rows < LANES || columns < LANES) {
+    for (Int i = 0; i < rows; i++)
+      for (Int j = 0; j < columns; j++) to[j * to_step + i] = from[i * from_step + j];
+    return;
+  }
+  // the last block of a row or column overlaps the one before it, if it would reach beyond the end
+  for (Int i = 0; i < rows; i += LANES)
+    for (Int j = 0; j < columns; j += LANES) {
+      const Int r = std::min<Int>(i, rows - LANES), c = std::min<Int>(j, columns - LANES);
+      transpose(from + r * from_step + c, from_step, to + c * to_step + r, to_step);
+    }
 }
 
 // --- memory ----------------------------------------------------------------------------------------------------------
