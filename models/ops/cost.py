@@ -141,6 +141,9 @@ def work(backend: str, geo: Geometry, item_bytes: int) -> tuple[float, ...]:
         return convolve, mix, as_they_are, turned, geo.batch * geo.c_out / 1e6, warehouse, 1
     if backend == "pointwise":
         return convolve, mix, size, as_they_are, turned, warehouse, 1
+    if backend == "streamed":
+        kernels = batch * k * g_out * _filled(c_out, LANES) * q * wide
+        return kernels * positions, kernels * geo.n, kernels, warehouse, as_they_are, turned, 1
     if backend not in ("triton", "triton_fused"):
         raise KeyError(backend)
     # Triton: every shape is padded to full tiles

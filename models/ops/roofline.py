@@ -240,6 +240,7 @@ _STEPS: dict[str, Callable[[_Sizes, bool], Iterator[Step]]] = {
     "fused": _fused,
     "depthwise": _compiled,
     "pointwise": _compiled,
+    "streamed": _compiled,
     "triton": _triton,
     "triton_fused": _triton_fused,
 }
