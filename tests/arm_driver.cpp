@@ -13,7 +13,7 @@ int main() {
   for (auto *values : {&x, &alpha, &cells})
     for (real &value : *values) seed = seed * 48271 % 2147483647, value = real(seed % 2001 - 1000) / 1000;
   const Call call = {samples, g_out, g_in, 1, n, c_out, c_in, positions, mixtures * n, n, positions, positions,
-                     0, 0, 2, rows.data(), zero.data(), rows.data(), zero.data()};
+                     channels, 0, 0, 2, rows.data(), zero.data(), rows.data(), zero.data()};
   forward(&call, x.data(), alpha.data(), cells.data(), scratch.data(), y.data());
   for (real value : y) std::printf("%.17g\n", double(value));
 }

@@ -16,6 +16,8 @@ from .scratch import LIMIT_BYTES
 GIGA, MB = 1e9, 1 << 20
 LANES = 16  # numbers in a vector register
 TILE = 16  # rows, columns and inner size of the tiles that tensor cores multiply
+# backends whose backward pass is that of another
+BACKWARD_OF = {"streamed": "fused"}
 
 # Microseconds per unit of each amount that `work` returns: (forward pass, backward pass).
 # CPU: measured by `python scripts/fit_costs.py` with 2 threads on x86-64 server cores with AVX-512.
@@ -167,7 +169,8 @@ def estimate(backend: str, geo: Geometry, item_bytes: int, device: str, backward
     costs = table.get(backend)
     if costs is None:
         return math.inf
-    return sum(a * b for a, b in zip(work(backend, geo, item_bytes), costs[backward], strict=True))
+    done = work(BACKWARD_OF.get(backend, backend) if backward else backend, geo, item_bytes)
+    return sum(a * b for a, b in zip(done, costs[backward], strict=True))
 
 
 def cheapest(geo: Geometry, available: Sequence[str], item_bytes: int, device: str, backward: bool = False) -> str:

@@ -43,7 +43,7 @@ static void columns_product(Product p, Int rows, Int count, real *spare) {
 }
 
 // up to this many rows, reading the warehouse takes longer than the products
-constexpr Int FEW_ROWS = 16;
+constexpr Int FEW_ROWS = 64;
 
 static void mix(const Mixture &m, const real *alpha, const real *cells, real *kernels) {
   const std::vector<Int> a_rows = steps(m.rows, m.n), c_rows = steps(m.rows, m.width);

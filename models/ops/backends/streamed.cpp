@@ -17,7 +17,7 @@ static thread_local Buffer buffers[4];
 struct Call {
   Int samples, g_out, g_in, taps, n, c_out, c_in, positions;
   Int alpha_sample, alpha_row;  // distances in alpha
-  Int inputs, rows;             // positions of x, and of x with its padding
+  Int inputs, rows, width;      // positions of x, and of x with its padding; distance of two positions
   Int last, padded;             // whether channels are innermost in memory, and whether x has padding
   Int threads;
   // where the window of every output begins in the rows of x, the taps in a window, and the positions of x; the row of
@@ -36,8 +36,8 @@ static void arrange(const Call &c, const real *x, real *to) {
   for (Int item = 0; item < c.samples * blocks; item++) {
     const Int s = item / blocks, first = channels * (item % blocks) / blocks;
     const Int count = channels * (item % blocks + 1) / blocks - first;
-    real *rows = to + s * c.rows * channels + first;
-    for (Int p = 0; c.padded && p < c.rows; p++) std::fill_n(rows + p * channels, count, real(0));
+    real *rows = to + s * c.rows * c.width + first;
+    for (Int p = 0; c.padded && p < c.rows; p++) std::fill_n(rows + p * c.width, count, real(0));
     if (c.last) {
       const real *from = x + s * c.inputs * channels + first;
       for (Int p = 0; p < c.inputs; p++) std::memcpy(rows + c.seen[p], from + p * channels, count * sizeof(real));
@@ -45,7 +45,7 @@ static void arrange(const Call &c, const real *x, real *to) {
     }
     const real *from = x + (s * channels + first) * c.inputs;
     if (!c.padded) {
-      transpose_all(from, c.inputs, count, c.inputs, rows, channels);
+      transpose_all(from, c.inputs, count, c.inputs, rows, c.width);
       continue;
     }
     real *turned = buffers[0].get(LANES * count);
@@ -69,7 +69,7 @@ struct Item {
 static void convolve(const Call &c, const Item &item, const real *x, const real *kernels, const Int *x_at,
                      Int output, real *y) {
   const Int size = c.c_in * item.padded, some = std::max<Int>(1, std::min(c.segments(), TURNED_NUMBERS / size));
-  const Int channels = c.channels(), s = output / c.g_out, channel = output % c.g_out * c.c_out + item.first;
+  const Int s = output / c.g_out, channel = output % c.g_out * c.c_out + item.first;
   // whole vectors can be written to y itself, if its channels are innermost
   const bool direct = c.last && item.width == item.padded;
   real *turned = buffers[0].get(some * size);
@@ -85,7 +85,7 @@ static void convolve(const Call &c, const Item &item, const real *x, const real 
       transpose_all(kernels + (first + i) * item.width * c.c_in, c.c_in, item.width, c.c_in, turned + i * size,
                     item.padded);
     Product p = {};
-    p.a = x + s * c.rows * channels, p.a_rows = c.position, p.a_step = 1, p.a_groups = x_at + first;
+    p.a = x + s * c.rows * c.width, p.a_rows = c.position, p.a_step = 1, p.a_groups = x_at + first;
     p.b = turned, p.b_step = item.padded, p.b_group = size;
     p.c = target, p.c_rows = y_rows.data();
     p.depth = c.c_in, p.groups = count, p.add = first > 0;

@@ -18,6 +18,8 @@ from .compiled import TYPES, compiles, library, run
 
 CASTS_CELLS = True
 SOURCE = "streamed.cpp"
+# rows of x that are a multiple of so many numbers apart share the sets of a cache, and the space that keeps them apart
+SHARED_SETS, SPACE = 512, 16
 
 
 def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
@@ -25,7 +27,7 @@ def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
     return geo.groups == 1 and fused.available(geo, dtype, device) and compiles(SOURCE, dtype, device)
 
 
-_NUMBERS = "samples g_out g_in taps n c_out c_in positions alpha_sample alpha_row inputs rows last padded threads"
+_NUMBERS = "samples g_out g_in taps n c_out c_in positions alpha_sample alpha_row inputs rows width last padded threads"
 _TABLES = "position tap seen mixture"
 
 
@@ -63,7 +65,7 @@ class _Plan:
     def __init__(
         self, size: tuple[int, ...], geo: Geometry, alpha_steps: tuple[int, int], last: bool, threads: int
     ) -> None:
-        width, ones = geo.c_in, (1,) * len(size)
+        ones = (1,) * len(size)
         # the positions of x that are read, the sizes of x with its padding, strides in it, and the padding before x
         self.seen, sizes, steps, before = (), (), (), ()
         for length, k, s, out, (left, right) in zip(size, geo.kernel, geo.stride, geo.out, geo.pads, strict=True):
@@ -74,6 +76,9 @@ class _Plan:
             steps, before = (*steps, s // step), (*before, max(left, 0))
         read = tuple(len(range(*seen.indices(length))) for seen, length in zip(self.seen, size, strict=True))
         self.all_seen, padded = read == size, sizes != read
+        # x is used as it is, or else copied to rows; not a power of two apart, which would share the sets of a cache
+        direct = last and not padded and geo.c_in % SHARED_SETS != 0
+        width = geo.c_in if direct else geo.c_in + SPACE
         with torch.inference_mode(False):
             self.tables = (
                 _offsets(geo.out, steps, sizes, width),
@@ -81,11 +86,10 @@ class _Plan:
                 _offsets(read, ones, sizes, width, before),
                 _offsets(geo.kernel, ones, geo.full_kernel, geo.g_out * geo.g_in, geo.first_tap),
             )
-        # x is used as it is, or else copied to these rows
-        self.rows = None if last and not padded else (geo.batch, math.prod(sizes), width)
+        self.rows = None if direct else (geo.batch, math.prod(sizes), width)
         self.call = _Call(
             geo.batch, geo.g_out, geo.g_in, geo.taps, geo.n, *geo.cell[:2], geo.positions, *alpha_steps,
-            math.prod(read), math.prod(sizes), last, padded, threads, *(table.data_ptr() for table in self.tables),
+            math.prod(read), math.prod(sizes), width, last, padded, threads, *(table.data_ptr() for table in self.tables),
         )  # fmt: skip
 
 
