@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..anatomy import main_layers, without_short_cuts
 from ..ops import conv, mixture_conv, sample_conv, with_bias
+from ..ops.control import is_plain
+from ..ops.geometry import output_size
 from ..options import Option
 from .attention_functions import KERNEL_FUNCTIONS, Annealed, caf, last_temperature
 from .layer import (
@@ -272,7 +274,7 @@ class _ODLayer(Annealed):
 
     def modulated(self, x: Tensor, attentions: dict[str, Tensor]) -> Tensor:
         """The output [B, O, *S'] for x [B, C, *S] and attentions as `ODHeads` returns them."""
-        if self.attention.sets > 1:
+        if self.attention.sets > 1 or self._has_small_kernels(x):
             return sample_conv(x, self._separate_kernels(attentions), self.bias, *self._geometry())
         # channel and filter attentions scale the input and the output, so no per-sample kernel is built for them
         if "channel" in attentions:
@@ -289,6 +291,14 @@ class _ODLayer(Annealed):
         if "filter" in attentions:
             y = scaled(y, attentions["filter"])
         return with_bias(y, self.bias)
+
+    def _has_small_kernels(self, x: Tensor) -> bool:
+        """Whether a CPU multiplies the only kernel by its attentions faster than the input and the output."""
+        if self.kernel_num > 1 or not self.attention.names or not x.is_cpu or not is_plain(x):
+            return False
+        sizes = x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation
+        maps = math.prod(x.shape[1:]) + self.out_channels * math.prod(output_size(*sizes))
+        return self.weight.numel() < maps
 
     def _position_by_position(self, spatial: Tensor, alpha: Tensor | None) -> tuple[Tensor, Tensor]:
         """alpha [B, T, K T] and cells [K T, O, I, 1...], which mix position t from the kernels' slices at t."""
