@@ -26,7 +26,7 @@ from measure import geometry_of, recorded_calls, seconds
 from models import build_model, read_config
 from models.ops.backends import BACKENDS, available_backends
 from models.ops.control import forced_backend
-from models.ops.cost import work
+from models.ops.cost import work_of
 
 # config, batch, image size
 CASES = [
@@ -69,11 +69,13 @@ def measure(geo, tensors, args):
 
 def fit(backend, measured, item_bytes):
     """Costs (forward, backward) of the terms of a backend's work, none negative; None where it was never measured."""
-    rows = [
-        (work(backend, geo, item_bytes), times[backend], count) for count, geo, times in measured if backend in times
-    ]
     costs = []
-    for direction in (0, 1) if rows else ():
+    for direction in (0, 1) if any(backend in times for *_, times in measured) else ():
+        rows = [
+            (work_of(backend, geo, item_bytes, direction), times[backend], count)
+            for count, geo, times in measured
+            if backend in times
+        ]
         # weights make relative errors count equally in calls of all sizes
         weights = np.array([count**0.5 / times[direction] for _, times, count in rows])
         matrix = np.array([done for done, *_ in rows]) * weights[:, None]
@@ -99,7 +101,7 @@ def excess(measured, table, item_bytes, direction):
     chosen = best = 0.0
     for count, geo, times in measured:
         estimates = {
-            backend: np.dot(work(backend, geo, item_bytes), table[backend][direction])
+            backend: np.dot(work_of(backend, geo, item_bytes, direction), table[backend][direction])
             for backend in times
             if backend in table
         }

@@ -367,10 +367,10 @@ def test_what_does_not_fit_is_refused(x, alpha, cells, groups, backend, message)
 
 @pytest.mark.parametrize(
     ("batch", "channels", "size", "n", "backend"),
-    [(8, 512, 7, 27, "fused"), (8, 512, 1, 27, "fused"), (64, 256, 2, 47, "mixed"), (1, 256, 14, 47, "fused")],
+    [(64, 256, 2, 47, "mixed"), (1, 256, 14, 47, "streamed"), (1, 512, 7, 27, "streamed")],
 )
 def test_backend_of_least_cost(batch, channels, size, n, backend):
-    """The backends that measurement found to be fastest by 1.4 to 20 times for 3x3 convolutions of ResNet18."""
+    """The backends that measurement found to be fastest by 1.3 to 2 times for 3x3 convolutions of ResNet18."""
     geo = geometry(
         (batch, channels, size, size), (batch, 9, n), (n, channels, channels, 1, 1), [3, 3], [1, 1], [1, 1], [1, 1], 1
     )

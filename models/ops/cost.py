@@ -20,35 +20,40 @@ TILE = 16  # rows, columns and inner size of the tiles that tensor cores multipl
 BACKWARD_OF = {"streamed": "fused"}
 
 # Microseconds per unit of each amount that `work` returns: (forward pass, backward pass).
-# CPU: measured by `python scripts/fit_costs.py` with 2 threads on x86-64 server cores with AVX-512.
+# CPU: measured by `python scripts/fit_costs.py` with 2 threads on x86-64 server cores with AVX-512; its forward passes,
+# on a busy machine, by one thread (the least of 3 repeats) and halved, except for the last number, which is of a call.
 CPU = {
     "grouped": [
-        (17500, 196, 302, 1150, 12800, 17100, 113, 0, 145),
+        (10800, 95.5, 291, 1040, 12200, 33200, 84.5, 6.45, 149),
         (69500, 610, 558, 2520, 27100, 200000, 106, 0, 182),
     ],
     "batched": [
-        (16700, 182, 114, 16400, 79, 25.3, 0, 128),
+        (25200, 94, 40.3, 14200, 94.5, 19.6, 2.15, 101),
         (48300, 613, 303, 30900, 181, 122, 15.7, 120),
     ],
     "mixed": [
-        (13200, 150, 325, 0, 24),
+        (13600, 55, 222, 0, 0),
         (27100, 377, 910, 0, 0),
     ],
     "outputs": [
-        (11600, 501, 103, 0, 0),
+        (25100, 46.8, 0, 0, 0),
         (54600, 888, 0, 1030, 0),
     ],
     "fused": [
-        (11200, 14700, 78.5, 262, 302, 65.6),
+        (11400, 14000, 69.5, 86.5, 224, 80.2),
         (27300, 44900, 349, 323, 559, 20.1),
     ],
     "depthwise": [
-        (0, 22900, 92.1, 242, 19300, 228, 44.8),
+        (33200, 14100, 48.3, 0, 0, 0, 78),
         (70200, 97200, 78.4, 0, 52600, 582, 66.7),
     ],
     "pointwise": [
-        (10900, 17300, 27.1, 74.7, 273, 80.4, 62.7),
+        (12200, 8550, 170, 46.1, 71.5, 16.5, 43.4),
         (20700, 53700, 122, 167, 361, 296, 42.6),
+    ],
+    "streamed": [
+        (10400, 12700, 231000, 85.5, 10.6, 21.6),
+        (27300, 44900, 349, 323, 559, 20.1),
     ],
 }
 # The same with `--dtype bfloat16 --cases 8`: libraries multiply in bfloat16, compiled backends in float32.
@@ -145,7 +150,7 @@ def work(backend: str, geo: Geometry, item_bytes: int) -> tuple[float, ...]:
         return convolve, mix, size, as_they_are, turned, warehouse, 1
     if backend == "streamed":
         kernels = batch * k * g_out * _filled(c_out, LANES) * q * wide
-        return kernels * positions, kernels * geo.n, kernels, warehouse, as_they_are, turned, 1
+        return kernels * positions, kernels * geo.n, kernels, moved, warehouse, 1
     if backend not in ("triton", "triton_fused"):
         raise KeyError(backend)
     # Triton: every shape is padded to full tiles
@@ -156,6 +161,11 @@ def work(backend: str, geo: Geometry, item_bytes: int) -> tuple[float, ...]:
     # "triton_fused" mixes the kernels again for every 64 positions, 16 samples at a time
     full = _filled(batch, TILE) / max(1, batch)
     return mix * math.ceil(positions / 64) * full, kernels * _filled(positions, TILE) * full, 1
+
+
+def work_of(backend: str, geo: Geometry, item_bytes: int, backward: bool) -> tuple[float, ...]:
+    """Amounts of work of a pass, in the order of its costs: those of `work`, or of the backend that it is done by."""
+    return work(BACKWARD_OF.get(backend, backend) if backward else backend, geo, item_bytes)
 
 
 def estimate(backend: str, geo: Geometry, item_bytes: int, device: str, backward: bool = False) -> float:
@@ -169,8 +179,7 @@ def estimate(backend: str, geo: Geometry, item_bytes: int, device: str, backward
     costs = table.get(backend)
     if costs is None:
         return math.inf
-    done = work(BACKWARD_OF.get(backend, backend) if backward else backend, geo, item_bytes)
-    return sum(a * b for a, b in zip(done, costs[backward], strict=True))
+    return sum(a * b for a, b in zip(work_of(backend, geo, item_bytes, backward), costs[backward], strict=True))
 
 
 def cheapest(geo: Geometry, available: Sequence[str], item_bytes: int, device: str, backward: bool = False) -> str:

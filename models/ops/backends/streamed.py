@@ -89,7 +89,8 @@ class _Plan:
         self.rows = None if direct else (geo.batch, math.prod(sizes), width)
         self.call = _Call(
             geo.batch, geo.g_out, geo.g_in, geo.taps, geo.n, *geo.cell[:2], geo.positions, *alpha_steps,
-            math.prod(read), math.prod(sizes), width, last, padded, threads, *(table.data_ptr() for table in self.tables),
+            math.prod(read), math.prod(sizes), width, last, padded, threads,
+            *(table.data_ptr() for table in self.tables),
         )  # fmt: skip
 
 
