@@ -4,7 +4,6 @@ This needs a C++ compiler: the one that the environment variable CXX names, else
 backends in PyTorch are used.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -45,17 +44,9 @@ def library(source: str, dtype: torch.dtype) -> ctypes.CDLL | None:
     flags = [*FLAGS, f"-DREAL={NAMES[dtype]}"]
     flags += ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability(), [])
     text = "\0".join([*(path.read_text() for path in (source, *(FOLDER / header for header in HEADERS))), *flags])
-    name = hashlib.sha256(text.encode()).hexdigest()[:16] + ".so"
     try:
-        path = _folder() / name
-        if not path.exists():
-            # processes that compile at the same time write a file each, and the last file replaces the others
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                part = Path(folder) / name
-                command = [compiler(), *flags, str(source), "-o", str(part)]
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-                os.replace(part, path)
-        functions = ctypes.CDLL(str(path))
+        folder, key = _folder(), _digest(text.encode())
+        functions = ctypes.CDLL(str(_found(folder, key) or _compiled(source, flags, folder, key)))
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
         warnings.warn(
@@ -68,13 +59,47 @@ def library(source: str, dtype: torch.dtype) -> ctypes.CDLL | None:
     return functions
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _found(folder: Path, key: str) -> Path | None:
+    """The library that was compiled before.
+
+    Its name tells its contents, because loading a damaged library, as a machine that loses its power may leave it,
+    could end the process.  A damaged one is removed.
+    """
+    for path in folder.glob(f"{key}-*.so"):
+        if path.stem == f"{key}-{_digest(path.read_bytes())}":
+            return path
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _compiled(source: Path, flags: list[str], folder: Path, key: str) -> Path:
+    """Compile a file into a library in a folder."""
+    # processes that compile at the same time write a file each, and the last file replaces the others
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        part = Path(own) / "library.so"
+        subprocess.run(
+            [compiler(), *flags, str(source), "-o", str(part)], check=True, capture_output=True, text=True, timeout=300
+        )
+        path = folder / f"{key}-{_digest(part.read_bytes())}.so"
+        os.replace(part, path)
+    return path
+
+
 def _folder() -> Path:
     """The folder of compiled files: in the user's cache, or a temporary one of this process if that is not writable."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "kernelwarehouse"
-    with contextlib.suppress(OSError):
+    try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder if os.access(folder, os.W_OK) else Path(own_folder().name)
+        # permissions do not tell it for root, nor where the file system is read-only
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(own_folder().name)
 
 
 @functools.cache
