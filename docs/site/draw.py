@@ -168,15 +168,8 @@ def draw_operator(path):
     d.text(226, 596, "orange: above 0; blue: below.", "small")
     d.text(226, 612, "A row's |α| add up to at most 1.", "small")
 
-    d.panel(
-        478,
-        328,
-        448,
-        298,
-        "4  Mix and convolve",
-        "Each part of the kernel is a mixture of all cells;",
-        "the whole kernel is for this image alone.",
-    )
+    lines = "Each part of the kernel is a mixture of all cells;", "the whole kernel is for this image alone."
+    d.panel(478, 328, 448, 298, "4  Mix and convolve", *lines)
     d.text(494, 426, "w_i = α_i1 e_1 + ... + α_in e_n", "math")
     d.cells(508, 448, 2, 3, 50, mixed_colours(), [f"w{i + 1}" for i in range(6)])
     d.text(508, 572, "W(x), layer 1")

@@ -24,7 +24,7 @@ DOCS = ROOT / "docs"
 _LINK = re.compile(
     r"(?P<code>^```.*?^```$|`[^`\n]+`)|\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)", re.DOTALL | re.M
 )
-_FORMULA = re.compile(r"(?P<code>^```.*?^```$)|^\$\$\n(?P<text>.*?)\n\$\$$", re.DOTALL | re.M)
+_FORMULA = re.compile(r"(?P<code>^```.*?^```$)|^\$\$\n(?P<text>.*?)\n\$\$$", re.DOTALL | re.MULTILINE)
 _log = logging.getLogger("mkdocs.hooks.project")
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Execute the notebook, and keep what it shows: `python docs/site/run_notebook.py` writes docs/notebooks/look_inside.ipynb."""
+"""Execute the notebook and keep what it shows: `python docs/site/run_notebook.py`."""
 
 import sys
 from pathlib import Path
