@@ -49,6 +49,7 @@ class Rule:
     parsed: what is missing here to run it; its options are parsed.
     slow: run it with --slow only.
     fresh: files and folders to remove before.
+    package: what it imports that an environment without detection lacks; it is then left out.
     """
 
     pattern: str
@@ -57,6 +58,7 @@ class Rule:
     parsed: str = ""
     slow: bool = False
     fresh: tuple[str, ...] = ()
+    package: str = ""
 
 
 # a run of seconds on the images of the workshop
@@ -105,7 +107,7 @@ RULES = [
     Rule(r"python scripts/run_with_submitit", tested="test_launch_scripts.py::test_a_job_of_submitit"),
     # data
     Rule(r"python scripts/check_data.py", run="--num_workers 1"),
-    Rule(r"python scripts/make_mini_coco.py", run="--train 8 --val 4", fresh=("mini_coco",)),
+    Rule(r"python scripts/make_mini_coco.py", run="--train 8 --val 4", fresh=("mini_coco",), package="pycocotools"),
     # trained models
     Rule(r"python scripts/predict.py", run=_CPU),
     Rule(r"python scripts/validate.py", run=f"{_CPU} --num_workers 0"),

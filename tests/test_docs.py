@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import io
 import os
 import re
@@ -154,6 +154,8 @@ def _run(item, workshop):
         exec(compile(item.text, item.page, "exec"), {"__name__": "snippet"})
         return
     rule = rule_of(item)
+    if rule.package and importlib.util.find_spec(rule.package) is None:
+        return
     for name in rule.fresh:
         subprocess.run(["rm", "-rf", workshop / name], check=True)
     told = io.StringIO()
