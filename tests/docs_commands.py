@@ -116,7 +116,7 @@ RULES = [
     Rule(r"python scripts/export.py .*\.(pt2|onnx)$", run="", slow=True),
     Rule(r"python scripts/export.py", run=""),
     Rule(r"python scripts/visualize.py .*--detector", tested="test_visualize.py::test_pictures_of_a_detector"),
-    Rule(r"python scripts/visualize.py", run=f"--count 8 {_CPU}", slow=True),
+    Rule(r"python scripts/visualize.py", run=f"--count 12 {_CPU}", slow=True),
     Rule(r"python scripts/report.py", run=""),
     # measurements
     Rule(r"python scripts/summarize.py", run=""),

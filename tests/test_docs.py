@@ -30,9 +30,9 @@ def prepared(tmp_path_factory):
     """What the pages take for granted, under the names that they use: data, checkpoints, images."""
     folder = tmp_path_factory.mktemp("prepared")
     make_image_folder(folder / "IMAGENET", train=24, val=12)
-    make_image_folder(folder / "PHOTOS", train=0, val=4)
-    (folder / "IMAGES").symlink_to(folder / "IMAGENET/val")
-    (folder / "dog.jpg").write_bytes(next((folder / "IMAGENET/val/ant").iterdir()).read_bytes())
+    for name in ("PHOTOS", "IMAGES"):
+        (folder / name).symlink_to("IMAGENET/val")
+    (folder / "dog.jpg").write_bytes(min((folder / "IMAGENET/val/ant").iterdir()).read_bytes())
     options = {
         "data_path": folder / "IMAGENET", "input_size": 32, "batch_size": 8, "epochs": 3, "warmup_epochs": 0,
         "temp_epoch": 0, "num_workers": 0, "device": "cpu", "mixup": 0, "cutmix": 0,
