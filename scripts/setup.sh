@@ -4,7 +4,7 @@
 #
 #   bash scripts/setup.sh [--no-detection]
 #
-# --no-detection leaves out requirements-detection.txt (mmcv is compiled, 5 to 10 minutes on 2 cores).
+# --no-detection leaves out requirements-detection.txt (mmcv is compiled, 3 to 6 minutes on 2 cores).
 # PYTHON=/path/to/python chooses the interpreter, MAX_JOBS=N the number of compiler processes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -139,7 +139,7 @@ install_detection() {
     step "look for a C++ compiler and the headers of Python" \
         "install them (on Debian: apt-get install g++ python3-dev), or leave detection out with --no-detection" \
         can_compile
-    step "compile mmcv (5 to 10 minutes on 2 cores, once: pip keeps the result)" \
+    step "compile mmcv (3 to 6 minutes on 2 cores, once: pip keeps the result)" \
         "see the compiler's message above, or leave detection out with --no-detection" \
         install_mmcv
     # pip's cache knows neither torch's version nor MMCV_WITH_OPS, so what it kept may not fit.
