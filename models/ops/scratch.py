@@ -37,6 +37,16 @@ def scratch(slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
     return buffer[:size].view(shape)
 
 
+def widened(slot: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a data type: itself, or a copy in scratch memory, with channels innermost in memory if those of x are."""
+    if x.dtype == dtype:
+        return x
+    last = x.stride(1) == 1 and not x.is_contiguous()
+    rows = x.movedim(1, -1) if last else x
+    copy = scratch(slot, rows.shape, x.new_empty(0, dtype=dtype)).copy_(rows)
+    return copy.movedim(-1, 1) if last else copy
+
+
 def forget() -> None:
     """Free the scratch memory of this thread."""
     _buffers.__dict__.clear()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Geometry, empty_like_layout, full_alpha, is_channels_last, live_alpha
-from ..scratch import scratch
+from ..scratch import scratch, widened
 from .compiled import TYPES, compiles, library, run
 
 CASTS_CELLS = True
@@ -85,11 +85,20 @@ def _kernels(slot: str, geo: Geometry, like: Tensor) -> Tensor:
     return scratch(slot, (geo.batch, geo.taps, geo.g_out, *geo.cell), like)
 
 
+def _fresh(x: Tensor, source: Tensor, geo: Geometry) -> Tensor:
+    """Memory for the output: scratch if it is cast afterwards, which spares fresh pages."""
+    if x.dtype == source.dtype:
+        return empty_like_layout(source, geo.c_out, geo.out)
+    if is_channels_last(source):
+        return scratch("y", (geo.batch, *geo.out, geo.c_out), source).movedim(-1, 1)
+    return scratch("y", (geo.batch, geo.c_out, *geo.out), source)
+
+
 def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
     """Convolve every channel of every sample with its own small kernel."""
     last = _last(x, geo)
-    source = _dense(x, last)
-    y = empty_like_layout(source, geo.c_out, geo.out)
+    source = _dense(widened("x", x, TYPES[x.dtype]), last)
+    y = _fresh(x, source, geo)
     rows, cells = _rows(alpha, geo), cells.to(source.dtype).contiguous()
     _run("forward", geo, source, last, source, rows, cells, _kernels("kernels", geo, source), y)
     return y.to(x.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Geometry, full_alpha, live_alpha
-from ..scratch import scratch
+from ..scratch import scratch, widened
 from .compiled import TYPES, compiles, library, run
 
 CASTS_CELLS = True
@@ -64,7 +64,8 @@ class _Pass:
         dtype = TYPES[x.dtype]
         # indexing takes longer than the check
         x = x[_seen(geo)] if x.shape[2:] != geo.out else x
-        self.x, self.cells = x.to(dtype).contiguous(), cells.to(dtype).contiguous()
+        # fresh pages for a copy would take longer than the copy
+        self.x, self.cells = widened("x", x, dtype).contiguous(), cells.to(dtype).contiguous()
         self.rows = live_alpha(alpha, geo).to(dtype).contiguous()  # [B, 1, Go, Gi, n]
         self.step = max(1, KERNEL_BYTES // (self.rows[0, ..., 0].numel() * cells[0].numel() * dtype.itemsize))
         self.geo = geo
@@ -89,7 +90,8 @@ class _Pass:
 def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
     """Mix kernels, then multiply blocks of positions by them."""
     own = _Pass(x, alpha, cells, geo)
-    y = own.x.new_empty(geo.batch, geo.c_out, *geo.out)
+    shape = (geo.batch, geo.c_out, *geo.out)
+    y = own.x.new_empty(shape) if x.dtype == own.x.dtype else scratch("y", shape, own.x)
     for part, some in own.pieces():
         own.run("forward", some, own.x[part], own.rows[part], own.cells, own.kernels("kernels", part), y[part])
     return y.to(x.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Geometry, is_channels_last
-from ..scratch import scratch
+from ..scratch import scratch, widened
 from . import fused
 from .compiled import TYPES, compiles, library, run
 
@@ -100,7 +100,7 @@ _plan = functools.lru_cache(maxsize=1024)(_Plan)
 def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
     """Mix some output channels of the kernels at a time, and multiply by them at once."""
     dtype, last = TYPES[x.dtype], is_channels_last(x)
-    source, alpha, wide = x.to(dtype), alpha.to(dtype), cells.to(dtype).contiguous()
+    source, alpha, wide = widened("x", x, dtype), alpha.to(dtype), cells.to(dtype).contiguous()
     if alpha.stride(2) != 1:
         alpha = alpha.contiguous()
     plan = _plan(x.shape[2:], geo, alpha.stride()[:2], last, torch.get_num_threads())
@@ -108,7 +108,7 @@ def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
         source = source[(..., *plan.seen)]
     source = source.movedim(1, -1).contiguous() if last else source.contiguous()
     shape = (geo.batch, *geo.out, geo.c_out) if last else (geo.batch, geo.c_out, *geo.out)
-    y = source.new_empty(shape)
+    y = source.new_empty(shape) if x.dtype == dtype else scratch("y", shape, source)
     rows = None if plan.rows is None else scratch("rows", plan.rows, source)
     run(library(SOURCE, dtype), "forward", plan.call, source, alpha, wide, rows, y)
     return (y.movedim(-1, 1) if last else y).to(x.dtype)
