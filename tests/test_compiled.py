@@ -1,6 +1,5 @@
 """Where and how the C++ files are compiled: folders that cannot be written, damaged libraries, processes at once."""
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -13,8 +12,9 @@ import torch
 from helpers import ROOT
 from tolerance import assert_same
 
-from models.ops import mixture_conv, mixture_conv_naive
-from models.ops.backends import compiled
+from models.ops import mixture_conv_naive
+from models.ops.backends import compiled, fused
+from models.ops.geometry import geometry
 
 pytestmark = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler")
 
@@ -25,8 +25,7 @@ FLAGS = [*compiled.FLAGS, "-O1", "-DOF_A_TEST"]  # quick to compile
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     """Nothing was compiled yet; returns the folder of compiled files."""
-    plans = importlib.import_module("models.ops.mixture_conv")._plan
-    caches = (compiled.library, compiled.own_folder, plans)
+    caches = (compiled.library, compiled.own_folder)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -51,11 +50,12 @@ def library(tmp_path_factory):
 
 
 def assert_works():
-    """The compiled backend runs, without a warning, and agrees with the definition."""
+    """A compiled backend runs, without a warning, and agrees with the definition."""
     tensors = [torch.randn(2, 64, 5, 5), torch.randn(2, 18, 6), torch.randn(6, 128, 32, 1, 1)]
+    geo = geometry(*(tensor.shape for tensor in tensors), [3, 3], [1, 1], [1, 1], [1, 1], 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        y = mixture_conv(*tensors, (3, 3), padding=1, backend="fused")
+        y = fused.forward(*tensors, geo)
     assert_same(y, mixture_conv_naive(*tensors, (3, 3), padding=1))
 
 

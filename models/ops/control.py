@@ -57,6 +57,7 @@ def is_plain(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, nn.Parameter)
+        and not x.is_meta
         and _forced not in ("naive", "portable")
         and not torch.jit.is_tracing()
         and not torch._C._len_torch_dispatch_stack()
