@@ -114,6 +114,8 @@ def test_every_width_of_vectors(capability, monkeypatch):
     [
         ("fused", (8, 64, 5, 5), (8, 18, 6), (6, 128, 32, 1, 1), 3, 1),
         ("pointwise", (3, 64, 15, 15), (3, 2, 6), (6, 300, 32, 1, 1), 1, 1),
+        # every other call goes through the warehouse backwards
+        ("streamed", (2, 64, 15, 15), (2, 18, 6), (6, 128, 32, 1, 1), 3, 1),
         ("depthwise", (3, 40, 15, 15), (3, 18, 6), (6, 20, 1, 1, 1), 3, 40),
     ],
 )
