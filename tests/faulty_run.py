@@ -1,7 +1,8 @@
 """Runs main.py with one random fault after another: python tests/faulty_run.py FOLDER SEED FAULTS OPTIONS...
 
-Each run is forked from this process, which has loaded torch once, so that hundreds take minutes. Prints the number of
-faults of each kind. FOLDER is the output folder of the run. When all faults have happened the run goes on to its end.
+Each run is forked from this process, which has loaded torch once, so that hundreds take minutes. Each starts with files
+that were damaged, where there are some to spare, and ends by a signal or a full disk. Prints the number of faults of
+each kind. FOLDER is the output folder of the run. When all faults have happened the run goes on to its end.
 """
 
 import collections
@@ -24,7 +25,8 @@ import torch  # noqa: E402
 import main  # noqa: E402
 from checkpoints import Manifest  # noqa: E402
 
-KINDS = ("kill", "term", "interrupt", "full", "truncate", "flip", "manifest", "stray")
+DAMAGES = ("truncate", "flip", "manifest", "stray")
+ENDS = ("kill", "term", "interrupt", "full")
 # a run that does nothing for so long hangs
 PATIENCE = 120
 
@@ -119,10 +121,12 @@ def inject(folder, options, log, kind, rng):
 def faulty_run(folder, seed, faults, options):
     rng, counts = random.Random(seed), collections.Counter()
     log = os.open(folder.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    while sum(counts.values()) < faults:
-        kind = rng.choice(KINDS)
-        if kind in ("truncate", "flip", "manifest", "stray") and not damage(folder, kind, rng):
-            continue
+    while counts.total() < faults:
+        kind = rng.choice(DAMAGES)
+        counts[kind] += damage(folder, kind, rng)
+        if counts.total() == faults:
+            break
+        kind = rng.choice(ENDS)
         code = inject(folder, options, log, kind, rng)
         counts[kind] += 1
         if code == 0:
