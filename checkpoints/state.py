@@ -246,7 +246,10 @@ def _restore_buffers(live: Live, saved: list[torch.Tensor] | None) -> None:
 
 
 def _restore_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Load the state of an optimizer, and keep the options that this run gave it."""
+    """Load the state of an optimizer, and keep the options that this run gave it.
+
+    What its last update had of the schedule stays until the next one, so that a run that is stopped before saves it.
+    """
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     names = [group.get("names") for group in saved["param_groups"]]
     if any(names) and names != [group["names"] for group in groups]:
@@ -256,7 +259,8 @@ def _restore_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) 
         )
     optimizer.load_state_dict(saved)
     for group, own in zip(optimizer.param_groups, groups):
-        group.update(own)
+        scheduled = ("lr", "weight_decay") if own["decayed"] else ("lr",)
+        group.update({name: value for name, value in own.items() if name not in scheduled or name not in group})
 
 
 def _restore_random(checkpoint: dict[str, Any], live: Live) -> None:
