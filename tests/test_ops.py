@@ -109,6 +109,29 @@ def test_every_width_of_vectors(capability, monkeypatch):
         test_depthwise("depthwise", shape[2] == 1, "taps", shape)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [(15, 15), (7, 7), (3, 2)], ids=str)
+@pytest.mark.parametrize("backend", ["depthwise", "pointwise"])
+def test_numbers_converted_in_registers(backend, size, last):
+    """bfloat16 is read exactly, and an output is rounded as torch rounds the one in float32."""
+    depthwise = backend == "depthwise"
+    x = torch.randn(3, 40, *size).bfloat16()
+    # too large for bfloat16 after the convolution, too small for a normal number, and no numbers at all
+    x[0, :, 0] = torch.tensor([3e38, -3e38, 1e-39, math.inf, math.nan]).bfloat16().repeat(8)[:, None]
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+    alpha = torch.randn(3, 18 if depthwise else 2, 6).bfloat16()
+    cells = torch.randn(6, 20, 1 if depthwise else 40, 1, 1)
+    window = ([3, 3], None, [2, 2], [1, 1], [1, 1], 40) if depthwise else ([1, 1], None, [1, 1], [0, 0], [1, 1], 1)
+    fitting(backend, (x, alpha, cells), window)
+    y = mixture_conv(x, alpha, cells, *window, backend=backend)
+    expected = mixture_conv(x.float(), alpha.float(), cells, *window, backend=backend)
+    assert expected.isnan().any() and not expected.isnan().all()
+    assert y.stride() == expected.stride()
+    # the bits, so that signs of zeros count; which NaN it is does not
+    y, expected = (torch.where(t.isnan(), math.nan, t.bfloat16()).view(torch.int16) for t in (y, expected))
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize(
     ("backend", "x", "alpha", "cells", "kernel", "groups"),
     [
@@ -154,7 +177,7 @@ def test_low_precision_is_as_exact_as_naive(backend, dtype, shape):
     x, cells = torch.randn(batch, c_in, size, size), torch.randn(12, 8, min(8, c_in // groups), 1, 1)
     alpha = torch.randn(batch, k * k * c_in // groups * c_out // cells[0].numel(), 12) / 12
     arguments = ([k, k], None, [1, 1], [k // 2] * 2, [1, 1], groups)
-    fitting(backend, (x, alpha, cells), arguments)
+    fitting(backend, (x, alpha, cells), window)
     low = [t.to(dtype).requires_grad_() for t in (x, alpha, cells)]
     exact = definition(low, arguments)
     naive = with_gradients(mixture_conv_naive, low, arguments)
@@ -225,7 +248,7 @@ def test_nothing_assembled_is_kept():
 def test_layout_of_the_input_is_kept(backend, groups, kernel):
     alpha, cells = torch.randn(2, kernel**2, 4), torch.randn(4, 5, 5 // groups, 1, 1)
     x, arguments = torch.randn(2, 5, 8, 8), ([kernel] * 2, None, [1, 1], [kernel // 2] * 2, [1, 1], groups)
-    fitting(backend, (x, alpha, cells), arguments)
+    fitting(backend, (x, alpha, cells), window)
     y = mixture_conv(x, alpha, cells, *arguments, backend=backend)
     last = mixture_conv(x.to(memory_format=torch.channels_last), alpha, cells, *arguments, backend=backend)
     assert y.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
@@ -287,7 +310,7 @@ def test_autocast_copies_no_warehouse(backend, groups):
     x, alpha = torch.randn(2, 8, 5, 5), torch.randn(2, 9 if groups == 1 else 1, 3)
     cells = torch.randn(3, 8, 8, 1, 1) if groups == 1 else torch.randn(3, 8, 1, 3, 3)
     arguments = ((3, 3), None, [1, 1], [1, 1], [1, 1], groups)
-    fitting(backend, (x, alpha, cells), arguments)
+    fitting(backend, (x, alpha, cells), window)
     kept, low = [], [t.bfloat16().double().requires_grad_() for t in (x, alpha, cells)]
     cells.requires_grad_()
     with (

@@ -47,6 +47,15 @@ def widened(slot: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     return copy.movedim(-1, 1) if last else copy
 
 
+def output(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for an output with the data type of `like`: scratch if it is to be cast, which spares fresh pages.
+
+    Args:
+        dtype: to which the output is cast, before the next call of the operator.
+    """
+    return like.new_empty(shape) if like.dtype == dtype else scratch("y", shape, like)
+
+
 def forget() -> None:
     """Free the scratch memory of this thread."""
     _buffers.__dict__.clear()

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +22,11 @@ FOLDER = Path(__file__).parent
 HEADERS = ("registers.h", "streaming.h", "mixing.h")
 # the data type of the computation for each data type of the inputs
 TYPES = {torch.float64: torch.float64, **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float32)}
-NAMES = {torch.float32: "float", torch.float64: "double"}
+# that of inputs and outputs in memory, for functions that convert numbers in registers
+STORED = {**TYPES, torch.bfloat16: torch.bfloat16}
+REALS = {
+    torch.float32: ["-DREAL=float"], torch.float64: ["-DREAL=double"], torch.bfloat16: ["-DREAL=float", "-DBFLOAT16"]
+}  # fmt: skip
 # without -march=native, because nodes of a cluster may differ and still share the folder of compiled files
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
 ARCHITECTURES = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
@@ -36,12 +41,12 @@ def compiler() -> str | None:
 
 @functools.cache
 def library(source: str, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The functions of a C++ file of this folder, compiled for a data type.
+    """The functions of a C++ file of this folder, compiled for a data type of `STORED`.
 
     If they cannot be built, warns once and returns None.
     """
     source = FOLDER / source
-    flags = [*FLAGS, f"-DREAL={NAMES[dtype]}"]
+    flags = [*FLAGS, *REALS[dtype]]
     flags += ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability(), [])
     text = "\0".join([*(path.read_text() for path in (source, *(FOLDER / header for header in HEADERS))), *flags])
     try:
@@ -108,9 +113,13 @@ def own_folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="kernelwarehouse-")
 
 
-def compiles(source: str, dtype: torch.dtype, device: str) -> bool:
-    """Whether the functions of a C++ file can be used for tensors of a data type on a type of device."""
-    return device == "cpu" and dtype in TYPES and compiler() is not None and library(source, TYPES[dtype]) is not None
+def compiles(source: str, dtype: torch.dtype, device: str, types: Mapping[torch.dtype, torch.dtype] = TYPES) -> bool:
+    """Whether the functions of a C++ file can be used for tensors of a data type on a type of device.
+
+    Args:
+        types: `TYPES`, or `STORED` for functions that convert numbers in registers.
+    """
+    return device == "cpu" and dtype in types and compiler() is not None and library(source, types[dtype]) is not None
 
 
 def run(functions: ctypes.CDLL, name: str, call: ctypes.Structure, *arrays: Tensor | None) -> int:

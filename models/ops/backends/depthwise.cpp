@@ -85,7 +85,8 @@ struct Plane {
 
 // Copies `count` numbers, `step` apart in `from`, to a line.  Whole vectors are read where `end` allows it, and their
 // superfluous numbers are written as 0.
-static inline void load_line(const real *from, Int step, Int count, const real *end, real *to) {
+template <typename From>
+static inline void load_line(const From *from, Int step, Int count, const From *end, real *to) {
   if (step == 1 && from + count + LANES <= end) {
     Int j = 0;
     for (; j + LANES <= count; j += LANES) store(to + j, load(from + j));
@@ -101,7 +102,8 @@ static inline void load_line(const real *from, Int step, Int count, const real *
 
 // The inverse of load_line.  Whole vectors are written where `end` allows it; the numbers that this overwrites after
 // the line are written later.
-static inline void store_line(const real *from, Int count, Int step, const real *end, real *to) {
+template <typename To>
+static inline void store_line(const real *from, Int count, Int step, const To *end, To *to) {
   if (step == 1 && to + count + LANES <= end) {
     for (Int j = 0; j < count; j += LANES) store(to + j, load(from + j));
   } else if (step == 1) {
@@ -174,7 +176,8 @@ struct Work {
     std::fill(lines, lines + plane.outputs(), real(0));
     line = lines + plane.phase;
   }
-  void load_x(const real *from, const real *end) const {
+  template <typename From>
+  void load_x(const From *from, const From *end) const {
     for (const auto &part : plane.seen) load_line(from + part.from, c.stride[1], part.count, end, padded + part.at);
   }
   void store_x(real *to) const {
@@ -185,9 +188,10 @@ struct Work {
   void load_y(const real *from, const real *end) const {
     for (Int i = 0; i < c.out[0]; i++) load_line(from + i * c.out[1], 1, c.out[1], end, line + i * plane.line);
   }
-  void store_y(real *to) const {
-    for (Int i = 0; i < c.out[0]; i++)
-      store_line(line + i * plane.line, c.out[1], 1, to + c.outputs(), to + i * c.out[1]);
+  template <typename To>
+  void store_y(To *to) const {
+    const To *end = to + c.outputs();
+    for (Int i = 0; i < c.out[0]; i++) store_line(line + i * plane.line, c.out[1], 1, end, to + i * c.out[1]);
   }
 };
 
@@ -209,26 +213,29 @@ static void all_channels(const Call &c, const Plane &plane, Use use) {
 extern "C" {
 
 // y = the convolution, in which the outputs of one channel are adjacent; `kernels` is scratch memory
-void forward(const Call *call, const real *x, const real *alpha, const real *cells, real *kernels, real *y) {
+void forward(const Call *call, const stored *x, const real *alpha, const real *cells, real *kernels, stored *y) {
   const Call &c = *call;
   const Plane plane(c);
   mix(c.mixture(), alpha, cells, kernels);
   all_channels(c, plane, [&](const Work &work, Int s, Int first, Int count) {
     const Int channel = s * c.channels + first;
-    const real *from = x + channel * c.inputs(), *end = x + c.samples * c.channels * c.inputs();
-    real *to = y + channel * c.multiplier * c.outputs();
-    if (c.last) {
+    const stored *end = x + c.samples * c.channels * c.inputs();
+    if (c.last)
       transpose_all(x + s * c.channels * c.inputs() + first, c.channels, c.inputs(), count, work.x, work.x_step);
-      from = work.x, end = work.x + LANES * work.x_step, to = work.y;
-    }
     for (Int l = 0; l < count; l++) {
-      work.load_x(from + l * work.x_step, end);
+      if (c.last)
+        work.load_x<real>(work.x + l * work.x_step, work.x + LANES * work.x_step);
+      else
+        work.load_x(x + channel * c.inputs(), end);
       for (Int m = 0; m < c.multiplier; m++) {
         const Int output = l * c.multiplier + m;
         const real *taps = kernels + s * c.kernel_size() + (first * c.multiplier + output) * c.channel_step;
         for (Int t = 0; t < c.taps(); t++) work.kernel[t] = taps[t * c.tap_step];
         weighted_lines(work.padded, plane.tap.data(), work.kernel, c.taps(), work.line, plane.length, false);
-        work.store_y(to + output * work.y_step);
+        if (c.last)
+          work.store_y(work.y + l * work.y_step);
+        else
+          work.store_y(y + (channel * c.multiplier + output) * c.outputs());
       }
     }
     if (c.last)
@@ -259,7 +266,7 @@ void backward(const Call *call, const real *dy, const real *x, const real *alpha
       from_y = work.y, end_y = work.y + LANES * work.y_step;
     }
     for (Int l = 0; l < count; l++) {
-      if (dkernels) work.load_x(from + l * work.x_step, end);
+      if (dkernels) work.load_x<real>(from + l * work.x_step, end);
       for (Int m = 0; m < c.multiplier; m++) {
         const Int output = l * c.multiplier + m;
         const Int at = s * c.kernel_size() + (first * c.multiplier + output) * c.channel_step;

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..geometry import Geometry, empty_like_layout, full_alpha, is_channels_last, live_alpha
-from ..scratch import scratch, widened
-from .compiled import TYPES, compiles, library, run
+from ..geometry import Geometry, full_alpha, is_channels_last, live_alpha
+from ..scratch import output, scratch, widened
+from .compiled import STORED, TYPES, compiles, library, run
 
 CASTS_CELLS = True
 SOURCE = "depthwise.cpp"
@@ -21,7 +21,7 @@ SOURCE = "depthwise.cpp"
 
 def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
     """Whether the backend can evaluate a call."""
-    return geo.c_in == 1 and len(geo.kernel) <= 2 and compiles(SOURCE, dtype, device)
+    return geo.c_in == 1 and len(geo.kernel) <= 2 and compiles(SOURCE, dtype, device, STORED)
 
 
 class _Call(ctypes.Structure):
@@ -59,9 +59,9 @@ def _call(geo: Geometry, size: tuple[int, ...], last: bool, threads: int) -> _Ca
 
 
 def _run(name: str, geo: Geometry, x: Tensor, last: bool, *arrays: Tensor | None) -> int:
-    """Call a compiled function."""
+    """Call a compiled function; x: as the operator gets it."""
     call = _call(geo, x.shape[2:], last, torch.get_num_threads())
-    return run(library(SOURCE, x.dtype), name, call, *arrays)
+    return run(library(SOURCE, STORED[x.dtype]), name, call, *arrays)
 
 
 def _last(x: Tensor, geo: Geometry) -> bool:
@@ -70,8 +70,7 @@ def _last(x: Tensor, geo: Geometry) -> bool:
 
 
 def _dense(x: Tensor, last: bool) -> Tensor:
-    """x in the data type of the computation and without gaps in memory, with channels innermost if `last`."""
-    x = x.to(TYPES[x.dtype])
+    """x without gaps in memory, with channels innermost if `last`."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x.contiguous()
 
 
@@ -85,22 +84,16 @@ def _kernels(slot: str, geo: Geometry, like: Tensor) -> Tensor:
     return scratch(slot, (geo.batch, geo.taps, geo.g_out, *geo.cell), like)
 
 
-def _fresh(x: Tensor, source: Tensor, geo: Geometry) -> Tensor:
-    """Memory for the output: scratch if it is cast afterwards, which spares fresh pages."""
-    if x.dtype == source.dtype:
-        return empty_like_layout(source, geo.c_out, geo.out)
-    if is_channels_last(source):
-        return scratch("y", (geo.batch, *geo.out, geo.c_out), source).movedim(-1, 1)
-    return scratch("y", (geo.batch, geo.c_out, *geo.out), source)
-
-
 def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
     """Convolve every channel of every sample with its own small kernel."""
     last = _last(x, geo)
-    source = _dense(widened("x", x, TYPES[x.dtype]), last)
-    y = _fresh(x, source, geo)
-    rows, cells = _rows(alpha, geo), cells.to(source.dtype).contiguous()
-    _run("forward", geo, source, last, source, rows, cells, _kernels("kernels", geo, source), y)
+    source = _dense(widened("x", x, STORED[x.dtype]), last)
+    shape = (geo.batch, *geo.out, geo.c_out) if last else (geo.batch, geo.c_out, *geo.out)
+    y = output(shape, source, x.dtype)
+    y = y.movedim(-1, 1) if last else y
+    rows = _rows(alpha, geo)
+    cells = cells.to(rows.dtype).contiguous()
+    _run("forward", geo, x, last, source, rows, cells, _kernels("kernels", geo, rows), y)
     return y.to(x.dtype)
 
 
@@ -109,7 +102,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `forward`; the kernels are mixed again."""
     last = _last(x, geo)
-    source, dy = _dense(x, last), _dense(dy, last)
+    source, dy = (_dense(tensor.to(TYPES[x.dtype]), last) for tensor in (x, dy))
     rows, cells = _rows(alpha, geo), cells.to(source.dtype).contiguous()
     dx = dalpha = dcells = sums = dkernels = None
     if needs[0]:
@@ -118,11 +111,11 @@ def backward(
     if needs[1] or needs[2]:
         dkernels = _kernels("kernel gradients", geo, source)
     if needs[1]:
-        sums = scratch("sums", (_run("parts_of_alpha", geo, source, last), *rows.shape), source)
+        sums = scratch("sums", (_run("parts_of_alpha", geo, x, last), *rows.shape), source)
     if needs[2]:
         dcells = torch.empty_like(cells)
     kernels = _kernels("kernels", geo, source)
-    _run("backward", geo, source, last, dy, source, rows, cells, kernels, dkernels, dx, sums, dcells)
+    _run("backward", geo, x, last, dy, source, rows, cells, kernels, dkernels, dx, sums, dcells)
     if needs[1]:
         dalpha = full_alpha(sums[0].clone(), geo)
     return dx, dalpha, dcells

@@ -17,12 +17,12 @@ constexpr Int SUMMED_NUMBERS = (640 << 10) / Int(sizeof(real)), SUMMED_COLUMNS =
 static thread_local Buffer mixing[3];
 
 // c[row][e] = sum_k a[row][k] b[k][e] for `count` columns.  Whole vectors of b are read, but only `count` columns are
-// written.  spare: memory of ROWS tiles.
-static void columns_product(Product p, Int rows, Int count, real *spare) {
+// written; p.c is not read.  spare: memory of ROWS tiles.
+template <typename To>
+static void columns_product(Product p, To *c, Int rows, Int count, real *spare) {
   Int spare_rows[ROWS];
   for (int r = 0; r < ROWS; r++) spare_rows[r] = r * TILE;
   const real *b = p.b;
-  real *c = p.c;
   const Int *a_rows = p.a_rows, *c_rows = p.c_rows;
   const Int parts = (rows + ROWS - 1) / ROWS;
   for (Int part = 0; part < parts; part++) {
@@ -30,14 +30,13 @@ static void columns_product(Product p, Int rows, Int count, real *spare) {
     p.a_rows = a_rows + first;
     for (Int e = 0; e < count; e += TILE) {
       const Int width = std::min<Int>(TILE, count - e);
-      const bool all = width % LANES == 0;
-      p.b = b + e;
-      p.c = all ? c + e : spare, p.c_rows = all ? c_rows + first : spare_rows;
-      for (Int r = 0; r < some && !all && p.add; r++)
-        std::memcpy(spare + r * TILE, c + c_rows[first + r] + e, width * sizeof(real));
+      p.b = b + e, p.c = spare, p.c_rows = spare_rows;
+      if constexpr (std::is_same<To, real>::value)
+        if (width % LANES == 0) p.c = c + e, p.c_rows = c_rows + first;
+      const bool spared = p.c == spare;
+      for (Int r = 0; r < some && spared && p.add; r++) copy(c + c_rows[first + r] + e, width, spare + r * TILE);
       product(p, some, (width + LANES - 1) / LANES);
-      for (Int r = 0; r < some && !all; r++)
-        std::memcpy(c + c_rows[first + r] + e, spare + r * TILE, width * sizeof(real));
+      for (Int r = 0; r < some && spared; r++) copy(spare + r * TILE, width, c + c_rows[first + r] + e);
     }
   }
 }
@@ -65,9 +64,8 @@ static void mix(const Mixture &m, const real *alpha, const real *cells, real *ke
     Product p = {};
     p.a = alpha, p.a_rows = a_rows.data(), p.a_step = 1;
     p.b = packed, p.b_step = step;
-    p.c = kernels + first, p.c_rows = c_rows.data();
-    p.depth = m.n, p.groups = 1;
-    columns_product(p, m.rows, count, mixing[1].get(ROWS * TILE));
+    p.c_rows = c_rows.data(), p.depth = m.n, p.groups = 1;
+    columns_product(p, kernels + first, m.rows, count, mixing[1].get(ROWS * TILE));
   }
 }
 
@@ -98,9 +96,8 @@ static void unmix(const Mixture &m, const real *dkernels, const real *alpha, con
         Product p = {};
         p.a = alpha, p.a_rows = a_rows.data(), p.a_step = m.n;
         p.b = gradients, p.b_step = step;
-        p.c = dcells + first, p.c_rows = c_rows.data();
-        p.depth = m.rows, p.groups = 1;
-        columns_product(p, m.n, count, mixing[1].get(ROWS * TILE));
+        p.c_rows = c_rows.data(), p.depth = m.rows, p.groups = 1;
+        columns_product(p, dcells + first, m.n, count, mixing[1].get(ROWS * TILE));
       }
     }
   }

@@ -39,7 +39,9 @@ static Kernel of_outputs(const Call &c) {
 }
 
 // y[s][row] = sum over channels of kernel[s][row][channel] x[s][channel], for all positions
-static void multiply(const Call &c, const Kernel &kernel, const real *kernels, Int channels, const real *x, real *y) {
+template <typename Number>
+static void multiply(const Call &c, const Kernel &kernel, const real *kernels, Int channels, const Number *x,
+                     Number *y) {
   const Int block = std::max<Int>(TILE, std::min(POSITIONS, CACHE_BYTES / Int(sizeof(real)) / channels / TILE * TILE));
   const Int blocks = (c.positions + block - 1) / block, rows = kernel.rows.size();
   const std::vector<Int> y_rows = steps(rows, c.positions);
@@ -53,15 +55,15 @@ static void multiply(const Call &c, const Kernel &kernel, const real *kernels, I
     p.a = kernels + s * c.kernel_size(), p.a_rows = kernel.rows.data(), p.a_step = kernel.step;
     p.a_groups = kernel.groups.data(), p.groups = kernel.groups.size(), p.depth = kernel.depth;
     p.b = packed, p.b_step = step, p.b_group = kernel.depth * step;
-    p.c = y + s * rows * c.positions + first, p.c_rows = y_rows.data();
-    columns_product(p, rows, count, buffers[1].get(ROWS * TILE));
+    p.c_rows = y_rows.data();
+    columns_product(p, y + s * rows * c.positions + first, rows, count, buffers[1].get(ROWS * TILE));
   }
 }
 
 extern "C" {
 
 // Writes y [s][output][position]; `kernels` is scratch memory.
-void forward(const Call *call, const real *x, const real *alpha, const real *cells, real *kernels, real *y) {
+void forward(const Call *call, const stored *x, const real *alpha, const real *cells, real *kernels, stored *y) {
   const Call &c = *call;
   mix(c.mixture(), alpha, cells, kernels);
   multiply(c, of_outputs(c), kernels, c.inputs(), x, y);
@@ -100,9 +102,9 @@ void backward(const Call *call, const real *dy, const real *x, const real *alpha
       Product p = {};
       p.a = dy + s * c.outputs() * c.positions + first, p.a_rows = dy_rows.data() + r0, p.a_step = 1;
       p.b = turned, p.b_step = step;
-      p.c = dkernels + s * c.kernel_size() + i * cell, p.c_rows = kernel.rows.data() + r0;
-      p.depth = count, p.groups = 1, p.add = first > 0;
-      columns_product(p, r1 - r0, c.c_in, buffers[1].get(ROWS * TILE));
+      p.c_rows = kernel.rows.data() + r0, p.depth = count, p.groups = 1, p.add = first > 0;
+      real *to = dkernels + s * c.kernel_size() + i * cell;
+      columns_product(p, to, r1 - r0, c.c_in, buffers[1].get(ROWS * TILE));
     }
   }
   unmix(c.mixture(), dkernels, alpha, cells, dalpha, dcells);

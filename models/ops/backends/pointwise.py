@@ -6,15 +6,15 @@ For kernels of one tap on maps that are large compared with the kernels: these a
 import ctypes
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..geometry import Geometry, full_alpha, live_alpha
-from ..scratch import scratch, widened
-from .compiled import TYPES, compiles, library, run
+from ..scratch import output, scratch, widened
+from .compiled import STORED, TYPES, compiles, library, run
 
 CASTS_CELLS = True
 SOURCE = "pointwise.cpp"
@@ -28,7 +28,7 @@ def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
         math.prod(geo.kernel) == 1
         and geo.foldable
         and all(left == 0 and right <= 0 for left, right in geo.pads)
-        and compiles(SOURCE, dtype, device)
+        and compiles(SOURCE, dtype, device, STORED)
     )
 
 
@@ -58,14 +58,21 @@ def _seen(geo: Geometry) -> tuple:
 
 
 class _Pass:
-    """What the forward and the backward pass share: the arrays that the compiled functions read, piece by piece."""
+    """What the forward and the backward pass share: the arrays that the compiled functions read, piece by piece.
 
-    def __init__(self, x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> None:
+    Args:
+        types: the data type in which x is passed, for each that it may have.
+    """
+
+    def __init__(
+        self, x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry, types: Mapping[torch.dtype, torch.dtype]
+    ) -> None:
         dtype = TYPES[x.dtype]
+        self.library = library(SOURCE, STORED[x.dtype])
         # indexing takes longer than the check
         x = x[_seen(geo)] if x.shape[2:] != geo.out else x
         # fresh pages for a copy would take longer than the copy
-        self.x, self.cells = widened("x", x, dtype).contiguous(), cells.to(dtype).contiguous()
+        self.x, self.cells = widened("x", x, types[x.dtype]).contiguous(), cells.to(dtype).contiguous()
         self.rows = live_alpha(alpha, geo).to(dtype).contiguous()  # [B, 1, Go, Gi, n]
         self.step = max(1, KERNEL_BYTES // (self.rows[0, ..., 0].numel() * cells[0].numel() * dtype.itemsize))
         self.geo = geo
@@ -79,19 +86,18 @@ class _Pass:
 
     def kernels(self, slot: str, part: slice) -> Tensor:
         """Scratch memory for the kernels of some samples."""
-        return scratch(slot, (*self.rows[part].shape[:-1], *self.geo.cell), self.x)
+        return scratch(slot, (*self.rows[part].shape[:-1], *self.geo.cell), self.rows)
 
     def run(self, name: str, geo: Geometry, *arrays: Tensor | None) -> int:
         """Call a compiled function."""
         call = _call(geo, torch.get_num_threads())
-        return run(library(SOURCE, self.x.dtype), name, call, *arrays)
+        return run(self.library, name, call, *arrays)
 
 
 def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
     """Mix kernels, then multiply blocks of positions by them."""
-    own = _Pass(x, alpha, cells, geo)
-    shape = (geo.batch, geo.c_out, *geo.out)
-    y = own.x.new_empty(shape) if x.dtype == own.x.dtype else scratch("y", shape, own.x)
+    own = _Pass(x, alpha, cells, geo, STORED)
+    y = output((geo.batch, geo.c_out, *geo.out), own.x, x.dtype)
     for part, some in own.pieces():
         own.run("forward", some, own.x[part], own.rows[part], own.cells, own.kernels("kernels", part), y[part])
     return y.to(x.dtype)
@@ -101,7 +107,7 @@ def backward(
     dy: Tensor, x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `forward`; the kernels are mixed again."""
-    own = _Pass(x, alpha, cells, geo)
+    own = _Pass(x, alpha, cells, geo, TYPES)
     dy = dy.to(own.x.dtype).contiguous()
     dx = torch.empty_like(own.x) if needs[0] else None
     dalpha = torch.empty_like(own.rows) if needs[1] else None

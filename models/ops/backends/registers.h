@@ -32,6 +32,40 @@ typedef real vec __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_a
 static inline vec load(const real *p) { return *reinterpret_cast<const vec *>(p); }
 static inline void store(real *p, vec v) { *reinterpret_cast<vec *>(p) = v; }
 
+// The numbers of inputs and outputs in memory, which some functions convert in registers: a copy in another type takes
+// three times the memory traffic.
+#ifdef BFLOAT16  // the upper half of a float, rounded to the nearest, ties to even
+typedef uint32_t bits_vec __attribute__((vector_size(BYTES), may_alias));
+typedef uint16_t half_vec __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
+
+struct stored {
+  uint16_t bits;
+  stored &operator=(real value) {
+    uint32_t wide;
+    std::memcpy(&wide, &value, sizeof(wide));
+    bits = value == value ? (wide + 0x7fff + (wide >> 16 & 1)) >> 16 : 0x7fc0;
+    return *this;
+  }
+  operator real() const {
+    const uint32_t wide = uint32_t(bits) << 16;
+    real value;
+    std::memcpy(&value, &wide, sizeof(wide));
+    return value;
+  }
+};
+
+static inline vec load(const stored *p) {
+  return (vec)(__builtin_convertvector(*reinterpret_cast<const half_vec *>(p), bits_vec) << 16);
+}
+static inline void store(stored *p, vec v) {
+  const bits_vec wide = (bits_vec)v, number = (bits_vec)(v == v);
+  const bits_vec rounded = ((wide + 0x7fff + (wide >> 16 & 1)) & number) | (0x7fc00000 & ~number);
+  *reinterpret_cast<half_vec *>(p) = __builtin_convertvector(rounded >> 16, half_vec);
+}
+#else
+typedef real stored;
+#endif
+
 extern "C" Int lanes() { return LANES; }
 
 // the count, rounded up to whole vectors
@@ -154,18 +188,32 @@ static void all_dots(const real *a, Int a_step, Int rows, const real *b, Int b_s
 // --- copies ----------------------------------------------------------------------------------------------------------
 
 // Rows of a tile lie far apart in memory, so processors do not prefetch the next one by themselves.
-static void prefetch(const real *from, Int rows, Int step, Int length) {
+template <typename From>
+static void prefetch(const From *from, Int rows, Int step, Int length) {
   for (Int r = 0; r < rows; r++)
-    for (Int e = 0; e < length; e += 64 / Int(sizeof(real))) __builtin_prefetch(from + r * step + e, 0, 2);
+    for (Int e = 0; e < length; e += 64 / Int(sizeof(From))) __builtin_prefetch(from + r * step + e, 0, 2);
 }
 
 // copies `count` numbers of every row of a matrix, padded with 0 to the length `to_step`
-static void pack_rows(const real *from, Int rows, Int step, Int count, real *to, Int to_step) {
+template <typename From>
+static void pack_rows(const From *from, Int rows, Int step, Int count, real *to, Int to_step) {
   for (Int r = 0; r < rows; r++, from += step, to += to_step) {
     if (r + 1 < rows) prefetch(from + step, 1, 0, count);
     Int e = 0;
     for (; e + LANES <= count; e += LANES) store(to + e, load(from + e));
-    for (; e < to_step; e++) to[e] = e < count ? from[e] : 0;
+    for (; e < to_step; e++) to[e] = e < count ? real(from[e]) : 0;
+  }
+}
+
+// copies `count` numbers, which may change their type
+template <typename From, typename To>
+static inline void copy(const From *from, Int count, To *to) {
+  if constexpr (std::is_same<From, To>::value) {
+    std::memcpy(to, from, count * sizeof(To));
+  } else {
+    Int e = 0;
+    for (; e + LANES <= count; e += LANES) store(to + e, load(from + e));
+    for (; e < count; e++) to[e] = real(from[e]);
   }
 }
 
@@ -208,7 +256,8 @@ static inline void exchange(vec *rows) {
 #endif
 
 // to[k][l] = from[l][k] for LANES x LANES numbers
-static inline void transpose(const real *from, Int from_step, real *to, Int to_step) {
+template <typename From, typename To>
+static inline void transpose(const From *from, Int from_step, To *to, Int to_step) {
 #if defined(__GNUC__) && !defined(__clang__)
   vec rows[LANES];
 #pragma GCC unroll 16
@@ -218,15 +267,16 @@ static inline void transpose(const real *from, Int from_step, real *to, Int to_s
   for (int l = 0; l < LANES; l++) store(to + l * to_step, rows[l]);
 #else
   for (int l = 0; l < LANES; l++)
-    for (int k = 0; k < LANES; k++) to[k * to_step + l] = from[l * from_step + k];
+    for (int k = 0; k < LANES; k++) to[k * to_step + l] = real(from[l * from_step + k]);
 #endif
 }
 
 // to[column][row] = from[row][column]
-static void transpose_all(const real *from, Int from_step, Int rows, Int columns, real *to, Int to_step) {
+template <typename From, typename To>
+static void transpose_all(const From *from, Int from_step, Int rows, Int columns, To *to, Int to_step) {
   if (rows < LANES || columns < LANES) {
     for (Int i = 0; i < rows; i++)
-      for (Int j = 0; j < columns; j++) to[j * to_step + i] = from[i * from_step + j];
+      for (Int j = 0; j < columns; j++) to[j * to_step + i] = real(from[i * from_step + j]);
     return;
   }
   // the last block of a row or column overlaps the one before it, if it would reach beyond the end

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Geometry, is_channels_last
-from ..scratch import scratch, widened
+from ..scratch import output, scratch, widened
 from . import fused
 from .compiled import TYPES, compiles, library, run
 
@@ -108,7 +108,7 @@ def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
         source = source[(..., *plan.seen)]
     source = source.movedim(1, -1).contiguous() if last else source.contiguous()
     shape = (geo.batch, *geo.out, geo.c_out) if last else (geo.batch, geo.c_out, *geo.out)
-    y = source.new_empty(shape) if x.dtype == dtype else scratch("y", shape, source)
+    y = output(shape, source, x.dtype)
     rows = None if plan.rows is None else scratch("rows", plan.rows, source)
     run(library(SOURCE, dtype), "forward", plan.call, source, alpha, wide, rows, y)
     return (y.movedim(-1, 1) if last else y).to(x.dtype)
