@@ -177,7 +177,7 @@ def test_low_precision_is_as_exact_as_naive(backend, dtype, shape):
     x, cells = torch.randn(batch, c_in, size, size), torch.randn(12, 8, min(8, c_in // groups), 1, 1)
     alpha = torch.randn(batch, k * k * c_in // groups * c_out // cells[0].numel(), 12) / 12
     arguments = ([k, k], None, [1, 1], [k // 2] * 2, [1, 1], groups)
-    fitting(backend, (x, alpha, cells), window)
+    fitting(backend, (x, alpha, cells), arguments)
     low = [t.to(dtype).requires_grad_() for t in (x, alpha, cells)]
     exact = definition(low, arguments)
     naive = with_gradients(mixture_conv_naive, low, arguments)
@@ -248,7 +248,7 @@ def test_nothing_assembled_is_kept():
 def test_layout_of_the_input_is_kept(backend, groups, kernel):
     alpha, cells = torch.randn(2, kernel**2, 4), torch.randn(4, 5, 5 // groups, 1, 1)
     x, arguments = torch.randn(2, 5, 8, 8), ([kernel] * 2, None, [1, 1], [kernel // 2] * 2, [1, 1], groups)
-    fitting(backend, (x, alpha, cells), window)
+    fitting(backend, (x, alpha, cells), arguments)
     y = mixture_conv(x, alpha, cells, *arguments, backend=backend)
     last = mixture_conv(x.to(memory_format=torch.channels_last), alpha, cells, *arguments, backend=backend)
     assert y.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
@@ -310,7 +310,7 @@ def test_autocast_copies_no_warehouse(backend, groups):
     x, alpha = torch.randn(2, 8, 5, 5), torch.randn(2, 9 if groups == 1 else 1, 3)
     cells = torch.randn(3, 8, 8, 1, 1) if groups == 1 else torch.randn(3, 8, 1, 3, 3)
     arguments = ((3, 3), None, [1, 1], [1, 1], [1, 1], groups)
-    fitting(backend, (x, alpha, cells), window)
+    fitting(backend, (x, alpha, cells), arguments)
     kept, low = [], [t.bfloat16().double().requires_grad_() for t in (x, alpha, cells)]
     cells.requires_grad_()
     with (
