@@ -130,10 +130,10 @@ def kernel_pictures(found: Attentions, names: Sequence[str], of: str) -> list[Pi
     sampled = {name: entry for name, entry in found.layers.items() if entry.samples}
     kernels = all(len(entry.parts) == 1 for entry in sampled.values())
     what = "dynamic kernels" if kernels else "attentions that make the dynamic kernels"
-    panels = {f"layer {name}": entry.samples for name, entry in sampled.items()}
+    panels = {name: entry.samples for name, entry in sampled.items()}
     pictures.append(tsne_picture("tsne-kernels", f"t-SNE of the {what}", panels, found.labels, names, of))
     if found.representations:
-        panels = {f"after layer {name}": vectors for name, vectors in found.representations.items()}
+        panels = {f"after {name}": vectors for name, vectors in found.representations.items()}
         title = "t-SNE of the kernel representations"
         pictures.append(tsne_picture("tsne-representations", title, panels, found.labels, names, of))
     return pictures

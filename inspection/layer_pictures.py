@@ -29,17 +29,20 @@ def entropy_picture(found: Attentions) -> Picture | None:
         figure = new_figure(6.5, _height(len(layers)))
         axes = figure.subplots()
         values = [moments.mean.flatten().numpy() for moments in layers.values()]
+        several = any(len(mixtures) > 1 for mixtures in values)
         _boxes(axes, values, list(layers))
         for row, moments in enumerate(layers.values()):
             centre, spread = float(moments.mean.mean()), float(moments.deviation.mean())
             axes.plot([centre - spread, centre + spread], [row, row], color=COLOURS[1], linewidth=2, alpha=0.8)
         axes.set(xlabel="entropy of |attention| relative to equal attentions (0 to 1)", xlim=(-0.02, 1.02))
-        axes.set_title("boxes: over the mixtures of a layer\norange: mean and standard deviation over images")
+        title = "orange: mean and standard deviation over images"
+        axes.set_title("boxes: over the mixtures of a layer\n" * several + title)
         figure.suptitle("entropy of the attentions: 0 is one kernel alone, 1 all alike")
     caption = (
         f"Entropy of the absolute attentions over {found.count} images, relative to that of equal ones: 0 where a "
-        "mixture takes one kernel alone, 1 where it takes all alike. Boxes: quartiles over the mixtures of a layer; "
-        "whiskers: lowest and highest; orange: one standard deviation over the images around the mean."
+        "mixture takes one kernel alone, 1 where it takes all alike. "
+        + "Boxes: quartiles over the mixtures of a layer; whiskers: lowest and highest. " * several
+        + "Orange: one standard deviation over the images around the mean."
     )
     return Picture("entropy", caption, figure)
 

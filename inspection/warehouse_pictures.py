@@ -43,9 +43,10 @@ def _heat_maps(name: str, number: int, layers: dict[str, LayerAttention], count:
                 panel.axhline(edge - 0.5, color="white", linewidth=0.8)
             panel.set_xlabel(f"kernel cell (of {n})")
         mark_layers(axes[0], list(layers), sizes)
-        axes[0].set_ylabel(f"{m} mixtures, by layer")
+        axes[0].set_ylabel("mixtures, by layer")
         b, cell = house.cell_num_ratio, " x ".join(map(str, house.cells.shape[1:]))
-        figure.suptitle(f"warehouse {label(name)}: attention of {m} mixtures to {n} cells (b = {b:g}, cell {cell})")
+        mixtures, cells = (f"{count} {word}{'s' * (count > 1)}" for count, word in ((m, "mixture"), (n, "cell")))
+        figure.suptitle(f"warehouse {label(name)}: attention of {mixtures} to {cells} (b = {b:g}, cell {cell})")
     caption = (
         f"Attention of every mixture (rows, by layer) to every kernel cell (columns) of warehouse {name}, over {count} "
         f"images: mean, standard deviation over images, and standard deviation of the means of {classes} classes. "
