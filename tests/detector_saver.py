@@ -2,12 +2,16 @@
 
     python tests/detector_saver.py WORK KEEP EPOCHS            train, or go on, until that epoch
     python tests/detector_saver.py WORK KEEP EPOCHS TRIALS     the same in a child that is killed while it saves
+    python tests/detector_saver.py WORK KEEP EPOCHS CALL       killed when it enters a function of `CALLS`
 
-The latter is done TRIALS times, and then the training ends with one epoch more. After each of them it prints a JSON
-line: the names of the checkpoints, of those that cannot be read, and of the temporary files.
+The second is done TRIALS times, and then the training ends with one epoch more. The last is done for the first call of
+the function, the second, and so on, in a folder each, until a training makes no such call; after each it goes on to
+its end. After every training it prints a JSON line: the names of the checkpoints, of those that cannot be read, and of
+the temporary files.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -30,6 +34,8 @@ from detection.hooks import newest_detector
 from models.config import ConfigError
 
 torch.set_num_threads(1)
+# functions of os, by the system call that they make
+CALLS = {"fsync": ("fsync",), "rename": ("rename", "replace"), "unlink": ("unlink", "remove")}
 
 
 class Tiny(BaseModel):
@@ -94,10 +100,53 @@ def killed(work, keep, epochs):
     return os.WIFSIGNALED(status)
 
 
+def kill_at(call, number):
+    """Kill this process when it makes a system call for the given time."""
+    calls = 0
+
+    def counted(function):
+        def instead(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return instead
+
+    for name in CALLS[call]:
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def in_child(work, keep, epochs, call=None, number=0):
+    """Train in a child, which is killed at a call; returns whether it was killed, and what it left."""
+    pid = os.fork()
+    if pid == 0:
+        if call is not None:
+            kill_at(call, number)
+        train(work, keep, epochs)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    return {"killed": os.WIFSIGNALED(status), "code": os.waitstatus_to_exitcode(status), **found(work)}
+
+
+def at_every_call(work, keep, epochs, call):
+    for number in itertools.count(1):
+        folder = work / str(number)
+        first = in_child(folder, keep, epochs, call, number)
+        print(json.dumps(first), flush=True)
+        if not first["killed"]:
+            break
+        print(json.dumps(in_child(folder, keep, epochs)), flush=True)
+
+
 def main():
     work, keep, epochs, *trials = sys.argv[1:]
     if not trials:
         train(work, int(keep), int(epochs))
+        return
+    if trials[0] in CALLS:
+        at_every_call(Path(work), int(keep), int(epochs), trials[0])
         return
     random.seed(0)
     for _ in range(int(trials[0])):

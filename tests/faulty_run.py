@@ -123,7 +123,8 @@ def faulty_run(folder, seed, faults, options):
     log = os.open(folder.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     while counts.total() < faults:
         kind = rng.choice(DAMAGES)
-        counts[kind] += damage(folder, kind, rng)
+        if damage(folder, kind, rng):
+            counts[kind] += 1
         if counts.total() == faults:
             break
         kind = rng.choice(ENDS)

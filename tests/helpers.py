@@ -152,9 +152,10 @@ def started(command, env=None, **kwargs):
     """A process that ends with the block, and with it all that it started, in sessions of their own, too."""
     mark = f"STARTED_BY_TEST={uuid.uuid4()}"
     name, _, value = mark.partition("=")
-    process = subprocess.Popen(
-        [str(word) for word in command], env={**os.environ, **(env or {}), name: value}, **kwargs
-    )
+    with _signals_heeded():
+        process = subprocess.Popen(
+            [str(word) for word in command], env={**os.environ, **(env or {}), name: value}, **kwargs
+        )
     try:
         yield process
     finally:
@@ -164,6 +165,19 @@ def started(command, env=None, **kwargs):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
         process.wait()
+
+
+@contextlib.contextmanager
+def _signals_heeded():
+    """Processes that start in the block heed signals that this one may ignore, as in the background or under nohup."""
+    ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _processes():

@@ -89,6 +89,7 @@ def test_profile():
     assert len(lines) > 50 and all(len(re.findall(r"\d+\.\d\d", line)) == 4 for line in lines)
 
 
+@pytest.mark.slow
 def test_growth(tmp_path):
     code = (
         "import sys; sys.path.insert(0, 'scripts'); import benchmark_growth as growth\n"

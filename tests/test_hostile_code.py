@@ -70,11 +70,16 @@ def test_code_in_a_checkpoint_never_runs(way, legacy, slot, tmp_path, serve, mon
     measured("F12", "never ran, in this process")
 
 
+# every way with both formats, every slot, with the variable and without
+IN_PROCESSES = [
+    pytest.param(way, legacy, SLOTS[(2 * number + legacy) % 4], [{}, TRAP][(number + legacy) % 2], id=f"{way}-{kind}")
+    for number, way in enumerate(WAYS)
+    for legacy, kind in enumerate(("zip", "legacy"))
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("trap", [{}, TRAP], ids=["plain", "trap"])
-@pytest.mark.parametrize("slot", SLOTS)
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "legacy", "slot", "trap"), IN_PROCESSES)
 def test_code_in_a_checkpoint_never_runs_in_a_process(way, legacy, slot, trap, tmp_path, serve):
     path = evil_checkpoint(tmp_path / "evil.pth", tmp_path / "ran", slot, legacy)
     arguments = arguments_of(way, path, serve)

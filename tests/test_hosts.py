@@ -137,7 +137,7 @@ def test_two_machines_train_to_the_weights_of_one_process(launched, network, alo
 @pytest.mark.slow
 def test_a_machine_is_lost_and_comes_back(network, tmp_path):
     """F19"""
-    options = {**RUN, "epochs": 6, "batch_size": 16, "timeout": 20, "output_dir": tmp_path}
+    options = {**RUN, "batch_size": 16, "timeout": 20, "report": False, "output_dir": tmp_path}
     with host(network, "A", "2", 2, options) as first:
         with host(network, "B", "2", 2, options):
             wait_for(lambda: position(tmp_path) >= 5)
@@ -150,7 +150,7 @@ def test_a_machine_is_lost_and_comes_back(network, tmp_path):
     wall = time.monotonic() - begun
     assert first.returncode == 0 == again.returncode, out
     assert "on 4 x cpu" in out and "resuming from" in out
-    assert [row["epoch"] for row in read_log(tmp_path)] == list(range(6))
+    assert [row["epoch"] for row in read_log(tmp_path)] == list(range(2))
     measured("F19", f"finished with 4 of 4 processes, {wall:.0f} s after the loss")
 
 

@@ -46,7 +46,10 @@ def slurm(tmp_path):
     return ENVIRONMENT | {"PATH": path, "SLURM_JOB_ID": "5", "SLURM_SUBMIT_DIR": str(ROOT)}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGTERM, marks=pytest.mark.slow, id="SIGTERM"), pytest.param(signal.SIGUSR1, id="SIGUSR1")],
+)
 def test_a_slurm_job_is_pre_empted_and_goes_on(number, slurm, tmp_path):
     output, requeued = tmp_path / "out", tmp_path / "scontrol.txt"
     options = {**RUN, "epochs": 30, "save_interval": 0, "output_dir": output}

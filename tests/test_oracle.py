@@ -107,7 +107,11 @@ def last_temperature(name):
     return list(RELEASED[name]["train"])[-1]
 
 
-@pytest.mark.parametrize("name", RELEASED)
+# as much work as four others
+LARGEST = "kw4x_resnet50"
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == LARGEST else n for n in RELEASED])
 def test_released_model(name):
     compare(name, last_temperature(name))
 

@@ -35,6 +35,7 @@ def setup(copy, *arguments, **env):
     return run("bash", "scripts/setup.sh", *arguments, cwd=copy, **env)
 
 
+@pytest.mark.slow
 def test_second_run_is_quick_and_a_killed_one_is_repaired(copy):
     code, output = setup(copy, "--no-detection")
     assert code == 0 and "make .venv" in output and ".venv is ready" in output
