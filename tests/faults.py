@@ -50,10 +50,11 @@ def write_table(path):
     target = Path(path)
     old = {}
     if target.is_file():
-        rows = [line.split(" | ") for line in target.read_text().splitlines() if line.startswith("| F")]
+        text = target.read_text()
+        lines = [line for line in text.splitlines() if line.startswith("| F")]
+        rows = [line.split(" | ") for line in lines]
         old = {row[0].removeprefix("| "): row[-1].removesuffix(" |") for row in rows}
-        head = target.read_text().split("| fault |")[0]
-        tail = target.read_text().rsplit(" |\n", 1)[-1]
+        head, tail = text.split("| fault |")[0], text.split(lines[-1] + "\n")[1]
     else:
         head, tail = "# Faults\n\n", ""
     lines = ["| fault | what happens | must hold | measured |", "|---|---|---|---|"]
