@@ -105,6 +105,16 @@ def _data(detector: Any, file: str) -> dict[str, Any]:
     return {"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]}
 
 
+def log_odds(logits: Tensor) -> Tensor:
+    """log(p / (1 - p)) of the probability p of every class [N, classes].
+
+    Unlike that of p or log p, its gradient does not vanish where a class is all but certain.
+    """
+    own = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
+    others = logits[:, None, :].masked_fill(own, -torch.inf)
+    return logits - others.logsumexp(2)
+
+
 def _cams(detector: Any, files: Sequence[str], names: Sequence[str]) -> Picture:
     """Grad-CAM++ of the class that the detector is most certain of, over the backbone's last map."""
     batches = [detector.data_preprocessor(_data(detector, file), False) for file in files]
@@ -113,9 +123,9 @@ def _cams(detector: Any, files: Sequence[str], names: Sequence[str]) -> Picture:
         # scores of classes [proposals, classes + 1], of which the last is the background
         logits = detector(batch["inputs"], batch["data_samples"], mode="tensor")[0]
         logits = logits[0] if isinstance(logits, tuple) else logits
-        return logits.log_softmax(1)[:, :-1].amax(0, keepdim=True)
+        return log_odds(logits)[:, :-1].amax(0, keepdim=True)
 
-    found = cams_of(detector.backbone.model, batches, scores, names, detector.backbone.name, torch.exp)
+    found = cams_of(detector.backbone.model, batches, scores, names, detector.backbone.name, torch.sigmoid)
     preprocessor = detector.data_preprocessor
     images = []
     for batch in batches:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from checkpoints import write_checkpoint
-from inspection import attentions, cams, embedding, pictures
+from inspection import attentions, cams, detectors, embedding, pictures
 from models import build_model
 from models.anatomy import is_dynamic
 from models.config import ConfigError
@@ -121,6 +121,14 @@ def test_vectors_have_the_distances_of_the_kernels():
     vectors = attentions.kernel_vectors(layer, {"mixture": alpha})
     torch.testing.assert_close(torch.cdist(vectors, vectors), torch.cdist(kernels, kernels), atol=1e-6, rtol=1e-6)
     assert vectors.shape[1] < kernels.shape[1]
+
+
+def test_log_odds():
+    logits = torch.randn(5, 4, dtype=torch.double, requires_grad=True)
+    assert torch.allclose(detectors.log_odds(logits), torch.logit(logits.softmax(1)))
+    certain = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(detectors.log_odds(certain)[0, 0], certain)
+    assert torch.allclose(gradient, torch.tensor([[1.0, -0.5, -0.5]]))
 
 
 def test_grad_cam_finds_the_place_that_decides():
