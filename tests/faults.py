@@ -1,6 +1,6 @@
 """The catalogue of faults, and the table of what the tests measured.
 
-python -m pytest --slow --faults results/faults.md tests/test_faults.py tests/test_faults_of_processes.py ...
+python -m pytest --slow --faults results/faults.md tests/test_*faults*.py tests/test_hosts.py ...
 """
 
 from pathlib import Path
