@@ -47,13 +47,17 @@ def widened(slot: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     return copy.movedim(-1, 1) if last else copy
 
 
-def output(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
+def output(shape: Sequence[int], like: Tensor, dtype: torch.dtype, last: bool = False) -> Tensor:
     """Memory for an output with the data type of `like`: scratch if it is to be cast, which spares fresh pages.
 
     Args:
+        shape: [B, C, *S].
         dtype: to which the output is cast, before the next call of the operator.
+        last: whether channels are innermost in memory.
     """
-    return like.new_empty(shape) if like.dtype == dtype else scratch("y", shape, like)
+    sizes = (shape[0], *shape[2:], shape[1]) if last else shape
+    y = like.new_empty(sizes) if like.dtype == dtype else scratch("y", sizes, like)
+    return y.movedim(-1, 1) if last else y
 
 
 def forget() -> None:

@@ -88,9 +88,7 @@ def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
     """Convolve every channel of every sample with its own small kernel."""
     last = _last(x, geo)
     source = _dense(widened("x", x, STORED[x.dtype]), last)
-    shape = (geo.batch, *geo.out, geo.c_out) if last else (geo.batch, geo.c_out, *geo.out)
-    y = output(shape, source, x.dtype)
-    y = y.movedim(-1, 1) if last else y
+    y = output((geo.batch, geo.c_out, *geo.out), source, x.dtype, last)
     rows = _rows(alpha, geo)
     cells = cells.to(rows.dtype).contiguous()
     _run("forward", geo, x, last, source, rows, cells, _kernels("kernels", geo, rows), y)

@@ -107,11 +107,10 @@ def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
     if not plan.all_seen:
         source = source[(..., *plan.seen)]
     source = source.movedim(1, -1).contiguous() if last else source.contiguous()
-    shape = (geo.batch, *geo.out, geo.c_out) if last else (geo.batch, geo.c_out, *geo.out)
-    y = output(shape, source, x.dtype)
+    y = output((geo.batch, geo.c_out, *geo.out), source, x.dtype, last)
     rows = None if plan.rows is None else scratch("rows", plan.rows, source)
     run(library(SOURCE, dtype), "forward", plan.call, source, alpha, wide, rows, y)
-    return (y.movedim(-1, 1) if last else y).to(x.dtype)
+    return y.to(x.dtype)
 
 
 # every backward pass is bound by arithmetic, for which the tiles of "fused" are made
