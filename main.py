@@ -17,7 +17,7 @@ from command_line import config_table, make_parser, merged_options, parse_words
 from models.config import ConfigError
 from option_checks import check_data, check_weights
 from run_lock import RunLock, is_first
-from startup import before_torch, end_with_launcher, outlive_output
+from startup import before_torch, continue_stopped, end_with_launcher, outlive_output
 from stopping import Stopped, StopSignals
 
 
@@ -78,6 +78,7 @@ def run_to_end(
         told = lost_processes(error) or loader_failure(error)
         if told is None:
             raise
+        continue_stopped()
         return fail(told, code=1)
     except ValueError as error:
         # of torch's BatchNorm

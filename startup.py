@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 import terminal
@@ -45,6 +46,23 @@ def end_with_launcher() -> None:
     if os.getppid() != launcher:
         # it died before the request
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def continue_stopped() -> None:
+    """Let the stopped processes that torchrun started beside this one go on, so that they can end.
+
+    A stopped process does not see the SIGTERM by which torchrun ends the others before it starts all of them again, and
+    torchrun waits for 30 seconds before it kills. For a process that has just found that another one does not answer.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        # processes end while they are looked at
+        with contextlib.suppress(OSError):
+            # proc(5): "PID (NAME) STATE PARENT ...", and a name may hold spaces and parentheses
+            state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if state == "T" and int(parent) == os.getppid():
+                os.kill(int(stat.parent.name), signal.SIGCONT)
 
 
 class _Outlived(io.FileIO):

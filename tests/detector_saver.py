@@ -83,23 +83,6 @@ def newest(work):
     return max(times)
 
 
-def killed(work, keep, epochs):
-    """Train in a child, and kill it soon after its first checkpoint; returns whether it was killed."""
-    before = newest(work)
-    pid = os.fork()
-    if pid == 0:
-        train(work, keep, epochs)
-        os._exit(0)
-    deadline = time.monotonic() + 60
-    while newest(work) == before and time.monotonic() < deadline:
-        time.sleep(0.001)
-    # a save takes some tens of milliseconds
-    time.sleep(random.uniform(0, 0.2))
-    os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    return os.WIFSIGNALED(status)
-
-
 def kill_at(call, number):
     """Kill this process when it makes a system call for the given time."""
     calls = 0
@@ -119,13 +102,32 @@ def kill_at(call, number):
 
 
 def in_child(work, keep, epochs, call=None, number=0):
-    """Train in a child, which is killed at a call; returns whether it was killed, and what it left."""
+    """Train in a child, which is killed at a call; returns its process number."""
     pid = os.fork()
     if pid == 0:
         if call is not None:
             kill_at(call, number)
         train(work, keep, epochs)
         os._exit(0)
+    return pid
+
+
+def killed(work, keep, epochs):
+    """Train in a child, and kill it soon after its first checkpoint; returns whether it was killed."""
+    before = newest(work)
+    pid = in_child(work, keep, epochs)
+    deadline = time.monotonic() + 60
+    while newest(work) == before and time.monotonic() < deadline:
+        time.sleep(0.001)
+    # a save takes some tens of milliseconds
+    time.sleep(random.uniform(0, 0.2))
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    return os.WIFSIGNALED(status)
+
+
+def ended(work, pid):
+    """Whether a child was killed, and what it left."""
     _, status = os.waitpid(pid, 0)
     return {"killed": os.WIFSIGNALED(status), "code": os.waitstatus_to_exitcode(status), **found(work)}
 
@@ -133,11 +135,11 @@ def in_child(work, keep, epochs, call=None, number=0):
 def at_every_call(work, keep, epochs, call):
     for number in itertools.count(1):
         folder = work / str(number)
-        first = in_child(folder, keep, epochs, call, number)
+        first = ended(folder, in_child(folder, keep, epochs, call, number))
         print(json.dumps(first), flush=True)
         if not first["killed"]:
             break
-        print(json.dumps(in_child(folder, keep, epochs)), flush=True)
+        print(json.dumps(ended(folder, in_child(folder, keep, epochs))), flush=True)
 
 
 def main():

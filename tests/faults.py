@@ -50,11 +50,11 @@ def write_table(path):
     target = Path(path)
     old = {}
     if target.is_file():
-        text = target.read_text()
-        lines = [line for line in text.splitlines() if line.startswith("| F")]
-        rows = [line.split(" | ") for line in lines]
-        old = {row[0].removeprefix("| "): row[-1].removesuffix(" |") for row in rows}
-        head, tail = text.split("| fault |")[0], text.split(lines[-1] + "\n")[1]
+        head, _, table = target.read_text().partition("| fault |")
+        rows, _, tail = table.partition("\n\n")
+        cells = [line.split(" | ") for line in rows.splitlines() if line.startswith("| F")]
+        old = {row[0].removeprefix("| "): row[-1].removesuffix(" |") for row in cells}
+        tail = tail and "\n" + tail
     else:
         head, tail = "# Faults\n\n", ""
     lines = ["| fault | what happens | must hold | measured |", "|---|---|---|---|"]

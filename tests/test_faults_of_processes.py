@@ -336,6 +336,27 @@ def test_stopped_process(tmp_path):
     measured("F18", f"finished {wall:.0f} s after the stop")
 
 
+def test_stopped_siblings_go_on():
+    """A process that found another one silent wakes those that its launcher started, and no others."""
+    code = (
+        "import os, signal, subprocess, sys, startup\n"
+        "beside = [subprocess.Popen(['sleep', '60']) for _ in range(2)]\n"
+        "below = subprocess.Popen(['sh', '-c', 'sleep 60 & echo $!; wait'], stdout=subprocess.PIPE, text=True)\n"
+        "grandchild = int(below.stdout.readline())\n"
+        "for pid in (beside[0].pid, grandchild):\n"
+        "    os.kill(pid, signal.SIGSTOP)\n"
+        "os.waitpid(beside[0].pid, os.WUNTRACED)\n"
+        "subprocess.run([sys.executable, '-c', 'import startup; startup.continue_stopped()'])\n"
+        "for pid in (beside[0].pid, beside[1].pid, grandchild):\n"
+        "    print(open(f'/proc/{pid}/stat').read().split()[2])\n"
+        "    os.kill(pid, signal.SIGKILL)\n"
+    )
+    for environment, states in (({"TORCHELASTIC_RUN_ID": "1"}, "SST"), ({}, "TST")):
+        with started([sys.executable, "-c", code], environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            out, _ = process.communicate(timeout=60)
+        assert out.split() == list(states)
+
+
 @pytest.mark.parametrize("signals", [1, 2])
 def test_sigterm_to_torchrun(signals, tmp_path):
     """F21: both processes save at the same update."""
