@@ -24,6 +24,7 @@ static void columns_product(Product p, To *c, Int rows, Int count, real *spare) 
   for (int r = 0; r < ROWS; r++) spare_rows[r] = r * TILE;
   const real *b = p.b;
   const Int *a_rows = p.a_rows, *c_rows = p.c_rows;
+  const bool past = p.past_caches;
   const Int parts = (rows + ROWS - 1) / ROWS;
   for (Int part = 0; part < parts; part++) {
     const Int first = rows * part / parts, some = rows * (part + 1) / parts - first;
@@ -34,6 +35,7 @@ static void columns_product(Product p, To *c, Int rows, Int count, real *spare) 
       if constexpr (std::is_same<To, real>::value)
         if (width % LANES == 0) p.c = c + e, p.c_rows = c_rows + first;
       const bool spared = p.c == spare;
+      p.past_caches = past && !spared;
       for (Int r = 0; r < some && spared && p.add; r++) copy(c + c_rows[first + r] + e, width, spare + r * TILE);
       product(p, some, (width + LANES - 1) / LANES);
       for (Int r = 0; r < some && spared; r++) copy(spare + r * TILE, width, c + c_rows[first + r] + e);
@@ -78,6 +80,7 @@ static void unmix(const Mixture &m, const real *dkernels, const real *alpha, con
   const std::vector<Int> a_rows = steps(m.n, 1), c_rows = steps(m.n, m.width);
   const Int parts = unmix_parts(m), size = m.rows * m.n;
   const Int columns = std::max(COLUMNS, std::min(SUMMED_COLUMNS, SUMMED_NUMBERS / (m.n + m.rows) / TILE * TILE));
+  const bool past = dcells && past_caches(dcells, m.n, m.width);
   if (dcells) expect_writes(dcells, m.n * m.width);
 #pragma omp parallel for schedule(static) num_threads(m.threads)
   for (Int part = 0; part < parts; part++) {
@@ -96,10 +99,11 @@ static void unmix(const Mixture &m, const real *dkernels, const real *alpha, con
         Product p = {};
         p.a = alpha, p.a_rows = a_rows.data(), p.a_step = m.n;
         p.b = gradients, p.b_step = step;
-        p.c_rows = c_rows.data(), p.depth = m.rows, p.groups = 1;
+        p.c_rows = c_rows.data(), p.depth = m.rows, p.groups = 1, p.past_caches = past;
         columns_product(p, dcells + first, m.n, count, mixing[1].get(ROWS * TILE));
       }
     }
+    written();
   }
   if (dalpha)
     for (Int part = 1; part < parts; part++)

@@ -32,6 +32,32 @@ typedef real vec __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_a
 static inline vec load(const real *p) { return *reinterpret_cast<const vec *>(p); }
 static inline void store(real *p, vec v) { *reinterpret_cast<vec *>(p) = v; }
 
+// Writes a vector that is not read soon past the caches, which would otherwise read its line from memory first.  The
+// address is a multiple of the vector's size; `written` makes the numbers visible to other threads.
+static inline void store_past_caches(real *p, vec v) {
+#if defined(__AVX512F__) && !defined(__clang__)
+  if constexpr (sizeof(real) == 4)
+    __builtin_ia32_movntps512(reinterpret_cast<float *>(p), (float __attribute__((vector_size(64))))v);
+  else
+    __builtin_ia32_movntpd512(reinterpret_cast<double *>(p), (double __attribute__((vector_size(64))))v);
+#else
+  store(p, v);
+#endif
+}
+static inline void written() {
+#if defined(__AVX512F__) && !defined(__clang__)
+  __builtin_ia32_sfence();
+#endif
+}
+// more bytes than this are not read soon
+constexpr Int PAST_CACHES_BYTES = 4 << 20;
+
+// whether rows of a matrix are to be written past the caches
+static bool past_caches(const real *data, Int rows, Int row) {
+  return reinterpret_cast<uintptr_t>(data) % BYTES == 0 && row % LANES == 0 &&
+         rows * row * Int(sizeof(real)) >= PAST_CACHES_BYTES;
+}
+
 // The numbers of inputs and outputs in memory, which some functions convert in registers: a copy in another type takes
 // three times the memory traffic.
 #ifdef BFLOAT16  // the upper half of a float, rounded to the nearest, ties to even
@@ -94,6 +120,7 @@ struct Product {
   const Int *a_groups;  // offset of every group in A, or null
   Int b_group;          // distance of two groups in B
   bool add;             // whether to add to C
+  bool past_caches;     // whether to write C so
 };
 
 template <int R, int V, bool GATHER>
@@ -115,6 +142,11 @@ static void rows_product(const Product &p, Int first) {
         for (int v = 0; v < V; v++) sum[r][v] += left * right[v];
       }
     }
+  }
+  if (p.past_caches) {
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++) store_past_caches(p.c + p.c_rows[first + r] + v * LANES, sum[r][v]);
+    return;
   }
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) store(p.c + p.c_rows[first + r] + v * LANES, sum[r][v]);
@@ -143,6 +175,47 @@ static void product(const Product &p, Int rows, int vectors) {
   }
 }
 
+typedef std::conditional<sizeof(real) == 4, int32_t, int64_t>::type lane;
+typedef lane lane_vec __attribute__((vector_size(BYTES), aligned(sizeof(lane)), may_alias));
+
+#if defined(__GNUC__) && !defined(__clang__)
+
+// adds up pairs of the first 2 * HALF vectors: lanes whose number has the bit HALF set belong to the second of a pair
+template <int HALF>
+static inline vec paired_totals(vec *v) {
+  if constexpr (HALF == 0) {
+    return v[0];
+  } else {
+    constexpr auto mask = [](bool own) {
+      lane_vec lanes = {};
+      for (int l = 0; l < LANES; l++)
+        lanes[l] = (l & HALF ? LANES : 0) + (own ? l : l & HALF ? l - HALF : l + HALF);
+      return lanes;
+    };
+    const lane_vec own = mask(true), other = mask(false);
+#pragma GCC unroll 16
+    for (int i = 0; i < HALF; i++)
+      v[i] = __builtin_shuffle(v[i], v[i + HALF], own) + __builtin_shuffle(v[i], v[i + HALF], other);
+    return paired_totals<HALF / 2>(v);
+  }
+}
+#endif
+
+// lane l of the result is the sum of all lanes of v[l]; v is overwritten
+static inline vec totals(vec *v) {
+#if defined(__GNUC__) && !defined(__clang__)
+  return paired_totals<LANES / 2>(v);
+#else
+  vec result;
+  for (int l = 0; l < LANES; l++) {
+    real total = 0;
+    for (int e = 0; e < LANES; e++) total += v[l][e];
+    result[l] = total;
+  }
+  return result;
+#endif
+}
+
 // c[i, j] (+)= sum_e a[i, e] b[j, e]
 template <int I, int J>
 static void dots(const real *a, Int a_step, const real *b, Int b_step, real *c, Int c_step, Int length, bool add) {
@@ -155,10 +228,15 @@ static void dots(const real *a, Int a_step, const real *b, Int b_step, real *c, 
       for (int j = 0; j < J; j++) sum[i][j] += left * right[j];
     }
   }
+  constexpr int VECTORS_OF_TOTALS = (I * J + LANES - 1) / LANES;
+  vec all[VECTORS_OF_TOTALS * LANES] = {};
+  for (int i = 0; i < I; i++)
+    for (int j = 0; j < J; j++) all[i * J + j] = sum[i][j];
+  real found[VECTORS_OF_TOTALS * LANES];
+  for (int t = 0; t < VECTORS_OF_TOTALS; t++) store(found + t * LANES, totals(all + t * LANES));
   for (int i = 0; i < I; i++)
     for (int j = 0; j < J; j++) {
-      real total = 0;
-      for (int lane = 0; lane < LANES; lane++) total += sum[i][j][lane];
+      const real total = found[i * J + j];
       c[i * c_step + j] = add ? c[i * c_step + j] + total : total;
     }
 }
@@ -216,9 +294,6 @@ static inline void copy(const From *from, Int count, To *to) {
     for (; e < count; e++) to[e] = real(from[e]);
   }
 }
-
-typedef std::conditional<sizeof(real) == 4, int32_t, int64_t>::type lane;
-typedef lane lane_vec __attribute__((vector_size(BYTES), aligned(sizeof(lane)), may_alias));
 
 // the vector with all but the first `count` lanes set to 0
 static inline vec first_lanes(vec v, Int count) {

@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "maps.h"
 #include "streaming.h"
 
 // numbers of mixed kernels, and of transposed ones, that fit a second-level cache
@@ -11,7 +12,7 @@ constexpr Int MIXED_NUMBERS = (640 << 10) / Int(sizeof(real)), TURNED_NUMBERS = 
 // channels of x that a thread transposes at a time
 constexpr Int CHANNELS = 64;
 
-static thread_local Buffer buffers[4];
+static thread_local Buffer buffers[3];
 
 // streamed.py fills the fields in this order
 struct Call {
@@ -20,8 +21,8 @@ struct Call {
   Int inputs, rows, width;      // positions of x, and of x with its padding; distance of two positions
   Int last, padded;             // whether channels are innermost in memory, and whether x has padding
   Int threads;
-  // where the window of every output begins in the rows of x, the taps in a window, and the positions of x; the row of
-  // alpha at which the mixtures of every tap begin
+  // where the window of every output begins in the rows of x, and the taps in a window; the positions of x, counted in
+  // rows; the row of alpha at which the mixtures of every tap begin
   const Int *position, *tap, *seen, *mixture;
 
   Int channels() const { return g_in * c_in; }
@@ -38,24 +39,8 @@ static void arrange(const Call &c, const real *x, real *to) {
     const Int count = channels * (item % blocks + 1) / blocks - first;
     real *rows = to + s * c.rows * c.width + first;
     for (Int p = 0; c.padded && p < c.rows; p++) std::fill_n(rows + p * c.width, count, real(0));
-    if (c.last) {
-      const real *from = x + s * c.inputs * channels + first;
-      for (Int p = 0; p < c.inputs; p++) std::memcpy(rows + c.seen[p], from + p * channels, count * sizeof(real));
-      continue;
-    }
-    const real *from = x + (s * channels + first) * c.inputs;
-    if (!c.padded) {
-      transpose_all(from, c.inputs, count, c.inputs, rows, c.width);
-      continue;
-    }
-    real *turned = buffers[0].get(LANES * count);
-    for (Int p = 0; p < c.inputs; p += LANES) {
-      // the last positions overlap those before them
-      const Int at = std::max<Int>(0, std::min<Int>(p, c.inputs - LANES)), some = std::min<Int>(LANES, c.inputs - at);
-      transpose_all(from + at, c.inputs, count, some, turned, count);
-      for (Int i = 0; i < some; i++)
-        std::memcpy(rows + c.seen[at + i], turned + i * count, count * sizeof(real));
-    }
+    const Block part = {c.last ? 1 : c.inputs, c.last ? channels : 1, count, c.inputs, c.padded ? c.seen : nullptr};
+    to_rows(part, x + s * c.inputs * channels + first * part.channel, rows, c.width);
   }
 }
 
