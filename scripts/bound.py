@@ -2,6 +2,7 @@
 """Tell how near a dynamic network can come to the speed of its static one on this machine, by arithmetic alone.
 
     python scripts/bound.py --kw_config configs/resnet18/kw1x_resnet18.json --batch_size 1
+    python scripts/bound.py --kw_config configs/resnet18/kw1x_resnet18.json --mode training
 
 A dynamic layer computes all that a static one does, and more: it pools its input, computes attentions, and mixes its
 kernels from a warehouse that it reads. Each of these takes at least its multiply-adds over the peak rate of a large
@@ -9,6 +10,9 @@ product of matrices, or its bytes over the rate at which memory is read, whichev
 a warehouse is read as often as the network does, so that a small one comes from the cache. The bound is the time of the
 static network, also measured, over that time and the least time of the additions. Where the order of the operations is
 free, as in `models/ops/backends`, the one with the fewest multiply-adds counts.
+
+Every product of the forward pass has two in the backward pass, for the gradients of its two inputs; nothing is counted
+for computing anything again. A backward pass reads the warehouse once and writes its gradient once.
 """
 
 import argparse
@@ -25,15 +29,18 @@ before_torch()
 
 import torch
 
-from measure import geometry_of, recorded_calls, seconds
-from models import build_model, read_config
-from models.build import parse_name
+from measure import MODES, Case, geometry_of, recorded_calls, seconds
+from models import read_config
 from models.counting import count_layers
+
+# of the forward pass, and then of the backward pass: products, and how often a warehouse or its gradient is passed over
+PASSES = {"inference": ((1, 1),), "training": ((1, 1), (2, 2))}
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kw_config", nargs="+", default=["configs/resnet18/kw1x_resnet18.json"])
+    parser.add_argument("--mode", choices=MODES, default="inference")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--input_size", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=9)
@@ -80,17 +87,16 @@ def added(geo):
 
 def bound(path, args):
     """Print the bound of a config, and what it consists of."""
-    config = {"model": "convnext_tiny", **read_config(path)}
-    model = build_model(config).eval()
-    static = build_model({"model": parse_name(config["model"])[1]}).eval()
-    x = torch.randn(args.batch_size, 3, args.input_size, args.input_size)
+    case = Case({"model": "convnext_tiny", **read_config(path)}, args.batch_size, args.input_size)
+    passes = PASSES[args.mode]
     rate = peak_rate(args.repeats)
     total = dict.fromkeys(("convolutions", "mixing", "bytes", "seconds"), 0)
-    for count, call in recorded_calls(model, x):
+    for count, call in recorded_calls(case.dynamic.eval(), case.x):
         geo = geometry_of(*call)
         convolution, mixing = added(geo)
         numbers = geo.n * math.prod(geo.cell)
-        least = max(mixing / rate, reading_seconds(numbers, args.repeats))
+        mixed, read = mixing / rate, reading_seconds(numbers, args.repeats)
+        least = sum(max(products * mixed, reads * read) for products, reads in passes)
         for key, value in zip(total, (convolution, mixing, 4 * numbers, least), strict=True):
             total[key] += count * value
         if args.layers:
@@ -99,13 +105,12 @@ def bound(path, args):
                 f"  {name:52s} n {geo.n:4d}, cell {list(geo.cell)}: convolution {convolution / 1e6:7.1f} M, "
                 f"mixing {mixing / 1e6:6.1f} M, warehouse {4 * numbers / 2**20:5.1f} MB, at least {least * 1e3:5.2f} ms"
             )
-    attention = args.batch_size * sum(layer.attention for layer in count_layers(model, args.input_size))
-    with torch.inference_mode():
-        before = median_seconds(lambda: static(x), args.repeats)
-    extra = total["seconds"] + attention / rate
+    attention = args.batch_size * sum(layer.attention for layer in count_layers(case.dynamic, args.input_size))
+    before = median_seconds(case.run(case.contenders["static"], args.mode), args.repeats)
+    extra = total["seconds"] + sum(products for products, _ in passes) * attention / rate
     print(
-        f"{path}, batch {args.batch_size}, {args.input_size}x{args.input_size}: convolutions "
-        f"{total['convolutions'] / 1e9:.2f} G multiply-adds, attention {attention / 1e6:.1f} M, mixing "
+        f"{path}, {args.mode}, batch {args.batch_size}, {args.input_size}x{args.input_size}: forward pass with "
+        f"convolutions of {total['convolutions'] / 1e9:.2f} G multiply-adds, attention {attention / 1e6:.1f} M, mixing "
         f"{total['mixing'] / 1e9:.2f} G, warehouses {total['bytes'] / 2**20:.0f} MB; static {before * 1e3:.1f} ms, "
         f"additions at least {extra * 1e3:.1f} ms: bound {before / (before + extra):.2f}"
     )
