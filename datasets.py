@@ -191,8 +191,8 @@ def _classes(
         nb_classes = getattr(args, "trained_classes", largest + 1)
     if given.get("nb_classes", nb_classes) != nb_classes:
         raise ConfigError(
-            f"--nb_classes is {given['nb_classes']}, but the data have {nb_classes} classes; "
-            "correct it, or leave it out to take it from the data"
+            f"--nb_classes is {given['nb_classes']} on the command line or in a config, but the data have {nb_classes} "
+            f"classes: add --nb_classes {nb_classes}, or leave it out of both to take it from the data"
         )
     for data in shards:
         data.check_labels(nb_classes)
