@@ -56,7 +56,7 @@ def print_rows(rows):
 
 
 def draw(rows, path):
-    """Draw images per second, relative to the static network's, in one panel for each mode."""
+    """Draw images per second as numbers, and over those of the static network as bars, in a panel for each mode."""
     modes = sorted({row.mode for row in rows})
     picture, panels = figure(len(modes), height=max(3, 0.16 * len(rows)))
     for axes, mode in zip(panels, modes):
@@ -69,8 +69,8 @@ def draw(rows, path):
         bars = axes.barh(labels, [row.of_static for row in chosen], color=colours)
         axes.bar_label(bars, [f"{row.images_per_s:.3g}/s" for row in chosen], padding=2, fontsize=7)
         axes.tick_params(axis="y", labelsize=7)
-        axes.set(title=mode, xlabel="images per second, static network = 1")
-        axes.margins(x=0.15)
+        axes.set(title=mode, xlabel="speed, static network = 1")
+        axes.margins(x=0.25)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=120)
 
