@@ -38,10 +38,11 @@ struct Map {
 // fused.py fills the fields in this order
 struct Call {
   Int samples, g_out, g_in, taps, n, c_out, c_in, positions;
-  Int groups;                  // of the convolution: so many samples share an image of x and y
-  Int inputs, rows, padded;    // positions of x, and of x with its padding; whether that is more
+  Int groups;                   // of the convolution: so many samples share an image of x and y
+  Int inputs, rows;             // positions of x, and of x with its padding
   Int x_last, y_last, threads;  // whether channels of x and of y are innermost in memory
-  // the first position of the window of every output in x with its padding, the taps in a window, the positions of x
+  // the first position of the window of every output in x with its padding, the taps in a window, and the positions of
+  // x, which are null without padding
   const Int *position, *tap, *seen;
 
   Int units() const { return samples * g_out * g_in; }
@@ -215,7 +216,7 @@ void forward(const Call *call, const stored *x, const real *alpha, const real *c
              stored *y) {
   const Call &c = *call;
   const Map x_map = c.x_map(), y_map = c.y_map();
-  arrange(x_map, c.inputs, c.x_last, c.padded ? c.seen : nullptr, c.threads, x, x_rows);
+  arrange(x_map, c.inputs, c.x_last, c.seen, c.threads, x, x_rows);
   const auto pack = [&](const Tile &tile, Int k0, Int depth, real *out) {
     pack_outputs(c, cells, tile, k0, depth, out);
   };
@@ -243,12 +244,9 @@ void input_gradient(const Call *call, const real *y_rows, const real *alpha, con
                     stored *dx) {
   const Call &c = *call;
   const Map x_map = c.x_map(), y_map = c.y_map();
-  const Int part = (x_map.images * x_map.blocks * x_map.size() + c.threads - 1) / c.threads;
 #pragma omp parallel for schedule(static) num_threads(c.threads)
-  for (Int i = 0; i < c.threads; i++) {
-    const Int end = x_map.images * x_map.blocks * x_map.size(), first = std::min(i * part, end);
-    std::fill(x_rows + first, x_rows + std::min(first + part, end), real(0));
-  }
+  for (Int block = 0; block < x_map.images * x_map.blocks; block++)
+    std::fill_n(x_rows + block * x_map.size(), x_map.size(), real(0));
   const auto pack = [&](const Tile &tile, Int k0, Int depth, real *out) {
     pack_inputs(c, cells, tile, k0, depth, out, WIDTH);
   };
@@ -264,7 +262,7 @@ void input_gradient(const Call *call, const real *y_rows, const real *alpha, con
     }
   };
   mixed_tiles(c, alpha, c.c_in, c.c_out, c.g_out * c.g_in, pack, use);
-  restore(x_map, c.inputs, c.x_last, c.padded ? c.seen : nullptr, c.threads, x_rows, dx);
+  restore(x_map, c.inputs, c.x_last, c.seen, c.threads, x_rows, dx);
 }
 
 // number of partial sums of dalpha that kernel_gradients writes
@@ -276,13 +274,13 @@ void kernel_gradients(const Call *call, const real *y_rows, const stored *x, con
                       real *x_rows, real *dalpha, real *dcells) {
   const Call &c = *call;
   const Map x_map = c.x_map(), y_map = c.y_map();
-  arrange(x_map, c.inputs, c.x_last, c.padded ? c.seen : nullptr, c.threads, x, x_rows);
+  arrange(x_map, c.inputs, c.x_last, c.seen, c.threads, x, x_rows);
   const Rows rows(c);
   const Int units = c.units(), longest = gradient_depth(c), width = longest * TILE + LANES;
   const Int step = std::min(units, std::max<Int>(1, GRADIENT_BYTES / (c.taps * width * Int(sizeof(real)))));
   const Int n_tiles = (c.c_in + TILE - 1) / TILE, items = gradient_items(c), parts = parts_of_alpha(call);
   const std::vector<Int> ones = steps(std::max(CHUNK, c.n), 1), sum_rows = steps(c.n, width);
-  const std::vector<Int> cell_rows = steps(c.n, c.c_out * c.c_in), lines = steps(CHUNK, TILE);
+  const std::vector<Int> cell_rows = steps(c.n, c.c_out * c.c_in);
   const bool past = dcells && past_caches(dcells, c.n * c.c_out, c.c_in);
   if (dcells) expect_writes(dcells, c.n * c.c_out * c.c_in);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(c.threads)
@@ -294,7 +292,7 @@ void kernel_gradients(const Call *call, const real *y_rows, const stored *x, con
       const Tile tile(item % n_tiles, c.c_in);
       const Int k0 = item / n_tiles * longest, depth = std::min(longest, c.c_out - k0), block = depth * tile.padded;
       const Int x_step = x_map.step(tile.first), y_step = y_map.step(k0);
-      const std::vector<Int> narrow = tile.padded < TILE ? steps(depth, tile.padded) : std::vector<Int>();
+      const std::vector<Int> lines = steps(depth, tile.padded);
       // sums over all units at once are written to the result
       const bool direct = step == units && tile.width == tile.padded;
       real *sums = direct ? nullptr : gradients.get(c.n * width);
@@ -306,7 +304,7 @@ void kernel_gradients(const Call *call, const real *y_rows, const stored *x, con
             Product p = {};
             p.a = y_rows + c.y_at(u, k0), p.a_rows = ones.data(), p.a_step = y_step;
             p.b = x_rows + c.x_at(u, tile.first) + rows.tap.of(x_step)[t], p.b_rows = rows.window.of(x_step);
-            p.c = mixed + ((u - u0) * c.taps + t) * width, p.c_rows = narrow.empty() ? lines.data() : narrow.data();
+            p.c = mixed + ((u - u0) * c.taps + t) * width, p.c_rows = lines.data();
             p.depth = c.positions, p.groups = 1;
             product(p, depth, tile.vectors);
           }

@@ -25,7 +25,7 @@ def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
     return (geo.per_tap or pointwise) and geo.foldable and compiles(SOURCE, dtype, device, STORED)
 
 
-_NUMBERS = "samples g_out g_in taps n c_out c_in positions groups inputs rows padded x_last y_last threads".split()
+_NUMBERS = "samples g_out g_in taps n c_out c_in positions groups inputs rows x_last y_last threads".split()
 _TABLES = "position tap seen".split()
 
 
@@ -84,13 +84,12 @@ def _call(size: tuple[int, ...], geo: Geometry, x_last: bool, y_last: bool, thre
         groups=geo.groups,
         inputs=windows.inputs,
         rows=windows.rows,
-        padded=windows.padded,
         x_last=x_last,
         y_last=y_last,
         threads=threads,
         position=windows.position.data_ptr(),
         tap=windows.tap.data_ptr(),
-        seen=windows.seen.data_ptr(),
+        seen=windows.seen.data_ptr() if windows.padded else None,
     )
     return windows, call
 

@@ -27,7 +27,7 @@ static void to_rows(const Block &b, const Number *from, real *to, Int width) {
     // the last positions overlap those before them
     const Int some = std::min<Int>(LANES, b.positions), at = std::min(p, b.positions - some);
     transpose_all(from + at, b.channel, b.channels, some, turned, b.channels);
-    for (Int i = 0; i < some; i++) std::memcpy(to + b.rows[at + i] * width, turned + i * b.channels, b.channels * sizeof(real));
+    for (Int i = 0; i < some; i++) copy(turned + i * b.channels, b.channels, to + b.rows[at + i] * width);
   }
 }
 
@@ -43,7 +43,7 @@ static void from_rows(const Block &b, const real *from, Int width, Number *to) {
   real *turned = turned_map.get(LANES * b.channels);
   for (Int p = 0; p < b.positions; p += LANES) {
     const Int some = std::min<Int>(LANES, b.positions), at = std::min(p, b.positions - some);
-    for (Int i = 0; i < some; i++) std::memcpy(turned + i * b.channels, from + b.rows[at + i] * width, b.channels * sizeof(real));
+    for (Int i = 0; i < some; i++) copy(from + b.rows[at + i] * width, b.channels, turned + i * b.channels);
     transpose_all(turned, b.channels, some, b.channels, to + at, b.channel);
   }
 }
