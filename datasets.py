@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from loading.images import CIFAR_FILES, CIFARData, DigitsData, GlyphsData, ImageFolderData
+from loading.digits import DigitsData
+from loading.images import CIFAR_FILES, CIFARData, GlyphsData, ImageFolderData
 from loading.readers import StreamData, reader_data
 from loading.sampling import EvalSampler, SeededData, TrainSampler, collate
 from loading.shard_lists import find_shards

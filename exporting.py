@@ -18,7 +18,8 @@ from torchvision import transforms
 
 import checkpoints
 import utils
-from loading.images import DigitsData, ImageFolderData, UnreadableImage
+from loading.digits import DigitsData
+from loading.images import ImageFolderData, UnreadableImage
 from loading.transforms import make_transform
 from measure import seconds
 from models.config import ConfigError, check_value

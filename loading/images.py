@@ -28,7 +28,6 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 # What a file holds counts, whatever its suffix is. Pillow knows other formats, too: for EPS it starts Ghostscript,
 # which runs the file as a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF", "JPEG2000", "AVIF")
-DIGITS_TEST_IMAGES = 360
 # pixels of a resized image: a long and narrow one grows to many more than it has, which takes seconds and gigabytes
 MAX_RESIZED = 100_000_000
 
@@ -184,31 +183,6 @@ class GreyData(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.labels[index]
-
-
-class DigitsData(GreyData):
-    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 with 17 grey levels: 1,437 to train, 360 to test.
-
-    The split is stratified and fixed. Source: UCI ML hand-written digits, test set.
-    """
-
-    classes = tuple("0123456789")
-
-    def __init__(self, is_train: bool, transform: Callable[[Image.Image], Any]) -> None:
-        try:
-            from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
-        except ImportError:
-            raise ConfigError("--data_set digits needs scikit-learn: pip install scikit-learn") from None
-
-        images, labels = load_digits(return_X_y=True)
-        train, test = train_test_split(
-            np.arange(len(labels)), test_size=DIGITS_TEST_IMAGES, stratify=labels, random_state=0
-        )
-        chosen = np.sort(train if is_train else test)
-        self.images = (images[chosen] * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)
-        self.labels = labels[chosen].tolist()
-        self.transform = transform
 
 
 class GlyphsData(GreyData):

@@ -100,9 +100,7 @@ RULES = [
     Rule(r"(python -m torch.distributed.launch|torchrun) .* --dry_run", parsed="8 GPUs"),
     Rule(r"(python -m torch.distributed.launch|torchrun) ", tested="test_launch.py::test_training_in_processes"),
     Rule(r"NODES=2 .*scripts/launch.sh", parsed="a second machine"),
-    Rule(
-        r"PROCESSES=8 bash scripts/launch.sh", tested="test_faults_of_processes.py::test_one_of_three_processes_killed"
-    ),
+    Rule(r"PROCESSES=8 bash scripts/launch.sh", tested="test_faults_of_ranks.py::test_one_of_three_processes_killed"),
     Rule(r"sbatch", tested="test_launch_scripts.py::test_a_slurm_job_is_pre_empted_and_goes_on"),
     Rule(r"python scripts/run_with_submitit", tested="test_launch_scripts.py::test_a_job_of_submitit"),
     # data

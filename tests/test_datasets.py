@@ -1,6 +1,9 @@
 """Data sets, transforms and samplers, against torchvision, scikit-learn and closed forms."""
 
 import argparse
+import gzip
+import importlib.machinery
+import importlib.util
 import random
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 from helpers import EXIF_ORIENTATION, make_cifar, make_image_folder, quick, read_log
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from timm.data.auto_augment import rand_augment_transform
 from torch.utils.data import DataLoader, get_worker_info
 from torchvision import transforms
@@ -77,10 +81,25 @@ def test_digits_are_those_of_scikit_learn():
     np.testing.assert_allclose((image[0].numpy() * 0.5 + 0.5) * 255, test.images[0], atol=1e-4)
 
 
-def test_digits_split_is_fixed():
-    args = options(data_set="digits", input_size=8)
-    first, second = make_data(args, False), make_data(options(data_set="digits", input_size=8, seed=9), False)
-    assert (first.images == second.images).all()
+def test_digits_are_split_by_scikit_learn():
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(range(len(labels)), test_size=360, stratify=labels, random_state=0)
+    for part, seed in zip(parts, (0, 9)):
+        data = make_data(options(data_set="digits", input_size=8, seed=seed), part is parts[0])
+        assert data.labels == labels[sorted(part)].tolist()
+        expected = (images[sorted(part)] * 255 / 16).round().reshape(-1, 8, 8)
+        assert (data.images == expected).all()
+
+
+def test_digits_without_their_file(tmp_path, monkeypatch):
+    package = importlib.machinery.ModuleSpec("sklearn", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    (tmp_path / "datasets/data").mkdir(parents=True)
+    for content in (None, b"", gzip.compress(b"0,1,2"), gzip.compress(b"0,1,2")[:-9], gzip.compress(b"0,one")):
+        if content is not None:
+            (tmp_path / "datasets/data/digits.csv.gz").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"digits\.csv\.gz of scikit-learn cannot be read"):
+            make_data(options(data_set="digits", input_size=8), True)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,10 +1,9 @@
-"""What a run survives of its processes: kills at any moment and system call, lost ranks, workers, launchers.
+"""What a run survives: kills at any moment and system call, lost loader processes, signals, a closed terminal.
 
 The names F1 to F30 are those of the catalogue in results/faults.md, whose numbers these tests print.
 """
 
 import argparse
-import contextlib
 import os
 import random
 import re
@@ -18,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 from faults import measured
-from helpers import ROOT, finish, free_port, make_image_folder, quick, read_log, started
+from helpers import ROOT, finish, quick, read_log, started
+from launched import ENVIRONMENT, RUN, children, position, wait_for
 from processes import in_processes
-from states import difference_of
 from torch.utils.data import DataLoader, TensorDataset
 
 from checkpoints import RunFolder, newest_checkpoint, read, remove_stale_files
@@ -28,59 +27,6 @@ from command_line import make_parser, merged_options, parse_words
 from engine import evaluate
 from loading.sampling import EvalSampler
 from utils import make_folder
-
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-# a run of seconds, which saves every few updates
-RUN = {"epochs": 2, "batch_size": 32, "drop_path": 0.1, "mixup": 0.5, "save_interval": 5, "log_interval": 5}
-
-
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "out of time"
-        time.sleep(0.02)
-
-
-def position(folder):
-    """Updates of the newest checkpoint of the first epoch, by its name; 1000 after the epoch."""
-    names = [path.stem.split("-")[1:] for path in Path(folder).glob("checkpoint-[0-9]*.pth")]
-    return max((1000 if len(name) == 1 or name[0] != "0" else int(name[1]) for name in names), default=0)
-
-
-def children(pid):
-    """Processes that a process has started, and those that these have."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        with contextlib.suppress(OSError):
-            for child in map(int, (task / "children").read_text().split()):
-                found += [child, *children(child)]
-    return found
-
-
-def ranks(pid):
-    """Processes of main.py below a launcher, in order of their start; without those that load images."""
-    own = []
-    for child in sorted(children(pid)):
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-            parent = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{child}/status").read_text())[1])
-            if any(word.endswith(b"main.py") for word in words) and parent == pid:
-                own.append(child)
-    return own
-
-
-def alive(pid):
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
-    return False
-
-
-def launcher(processes, options, **environment):
-    """scripts/launch.sh, with the launcher's process in the place of the script's."""
-    own = {"PROCESSES": processes, "INTERVAL": "0.1", "HEAD": f"127.0.0.1:{free_port()}", **environment}
-    command = ["bash", ROOT / "scripts/launch.sh", *quick(**options)]
-    text = {name: str(value) for name, value in own.items()}
-    return started(command, ENVIRONMENT | text, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def saver(folder, pipe):
@@ -289,112 +235,6 @@ def test_without_assertions(tmp_path):
     measured("F29", "weights that are not finite end the run")
 
 
-@pytest.fixture(scope="module")
-def unbroken_in_three(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("three")
-    with launcher(3, {**RUN, "epochs": 1, "output_dir": folder}) as process:
-        out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    return folder
-
-
-@pytest.mark.parametrize("trials", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_one_of_three_processes_killed(trials, unbroken_in_three, tmp_path):
-    """F17"""
-    rng, walls = random.Random(1), []
-    for folder in [tmp_path / str(trial) for trial in range(trials)]:
-        with launcher(3, {**RUN, "epochs": 1, "output_dir": folder}) as process:
-            wait_for(lambda folder=folder: position(folder) >= 5)
-            time.sleep(rng.uniform(0, 0.5))
-            killed = position(folder) < 1000
-            if killed:
-                os.kill(rng.choice(ranks(process.pid)), signal.SIGKILL)
-            begun = time.monotonic()
-            out, _ = process.communicate(timeout=300)
-            walls.append(time.monotonic() - begun)
-        assert process.returncode == 0, out
-        assert not killed or out.count("resuming from") == 1
-        assert difference_of(read(folder / "checkpoint-0.pth"), read(unbroken_in_three / "checkpoint-0.pth")) == []
-        for name in ("log.txt", "steps.jsonl"):
-            assert (folder / name).read_text() == (unbroken_in_three / name).read_text()
-    measured(
-        "F17", f"{trials} of {trials} finish, equal to the unbroken run, {max(walls):.0f} s after the kill at most"
-    )
-
-
-@pytest.mark.slow
-def test_stopped_process(tmp_path):
-    """F18: it answers to nothing; the others end after the time-out, and torchrun starts all again."""
-    with launcher(2, {**RUN, "timeout": 5, "report": False, "output_dir": tmp_path}) as process:
-        wait_for(lambda: position(tmp_path) >= 5)
-        begun = time.monotonic()
-        os.kill(ranks(process.pid)[1], signal.SIGSTOP)
-        wait_for(lambda: len(read_log(tmp_path)) == 2 if (tmp_path / "log.txt").exists() else False, 150)
-        out, _ = process.communicate(timeout=60)
-        wall = time.monotonic() - begun
-    assert process.returncode == 0 and "did not answer in time" in out, out
-    measured("F18", f"finished {wall:.0f} s after the stop")
-
-
-def test_stopped_siblings_go_on():
-    """A process that found another one silent wakes those that its launcher started, and no others."""
-    code = (
-        "import os, signal, subprocess, sys, startup\n"
-        "beside = [subprocess.Popen(['sleep', '60']) for _ in range(2)]\n"
-        "below = subprocess.Popen(['sh', '-c', 'sleep 60 & echo $!; wait'], stdout=subprocess.PIPE, text=True)\n"
-        "grandchild = int(below.stdout.readline())\n"
-        "for pid in (beside[0].pid, grandchild):\n"
-        "    os.kill(pid, signal.SIGSTOP)\n"
-        "os.waitpid(beside[0].pid, os.WUNTRACED)\n"
-        "subprocess.run([sys.executable, '-c', 'import startup; startup.continue_stopped()'])\n"
-        "for pid in (beside[0].pid, beside[1].pid, grandchild):\n"
-        "    print(open(f'/proc/{pid}/stat').read().split()[2])\n"
-        "    os.kill(pid, signal.SIGKILL)\n"
-    )
-    for environment, states in (({"TORCHELASTIC_RUN_ID": "1"}, "SST"), ({}, "TST")):
-        with started([sys.executable, "-c", code], environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-            out, _ = process.communicate(timeout=60)
-        assert out.split() == list(states)
-
-
-@pytest.mark.parametrize("signals", [1, 2])
-def test_sigterm_to_torchrun(signals, tmp_path):
-    """F21: both processes save at the same update."""
-    with launcher(2, {**RUN, "epochs": 30, "save_interval": 0, "output_dir": tmp_path}) as process:
-        wait_for(lambda: (tmp_path / "steps.jsonl").exists() and len((tmp_path / "steps.jsonl").read_text()) > 100)
-        own = ranks(process.pid)
-        begun = time.monotonic()
-        for _ in range(signals):
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.05)
-        wait_for(lambda: not any(map(alive, own)), 30)
-        wall = time.monotonic() - begun
-        out, _ = process.communicate(timeout=60)
-    saved = re.findall(r"^stopped by SIGTERM: saved (\S+);", out, re.MULTILINE)
-    assert len(saved) == 1 and read(saved[0])["progress"]["update"] > 0, out
-    assert len(read(saved[0])["rng"]) == 2
-    measured("F21", f"saved once, by both processes, in {wall:.1f} s")
-    assert wall < 10
-
-
-def test_sigkill_to_torchrun(tmp_path):
-    """F22: its processes end with it, and never two runs write."""
-    options = {**RUN, "epochs": 30, "output_dir": tmp_path}
-    with launcher(2, options) as process:
-        wait_for(lambda: position(tmp_path) >= 5)
-        own = ranks(process.pid)
-        begun = time.monotonic()
-        done = finish([sys.executable, ROOT / "main.py", *quick(**options)], 60, ENVIRONMENT)
-        refused = time.monotonic() - begun
-        assert done.returncode == 2 and "another run" in done.stderr
-        process.kill()
-        begun = time.monotonic()
-        wait_for(lambda: not any(map(alive, own)), 10)
-        wall = time.monotonic() - begun
-    measured("F22", f"processes gone after {wall:.1f} s; a second start refused after {refused:.1f} s")
-    assert wall < 5
-
-
 def test_ctrl_c_is_one_line(tmp_path):
     command = [sys.executable, ROOT / "main.py", *quick(**RUN, num_workers=1, output_dir=tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
@@ -435,18 +275,6 @@ def test_a_terminal_that_is_closed(tmp_path):
             assert process.wait(60) == 0
     os.close(gone)
     assert [row["epoch"] for row in read_log(tmp_path)] == [0, 1]
-
-
-def test_a_bad_image_in_one_of_two_processes(tmp_path):
-    """Each process ends with one line."""
-    folder = make_image_folder(tmp_path / "data", train=16, val=8)
-    next((folder / "train").rglob("*.JPEG")).write_bytes(b"")
-    options = {"data_set": "IMNET", "data_path": folder, "input_size": 32, "batch_size": 4, "epochs": 1}
-    with launcher(2, options, RESTARTS=0) as process:
-        out, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and "training images cannot be read" in out
-    assert len(re.findall(r"^error: ", out, re.MULTILINE)) == 2, out
-    assert not re.search(r"File \".*(main|engine|training)\.py\"", out), out
 
 
 @pytest.mark.alone

@@ -14,8 +14,8 @@ import time
 import pytest
 from faults import measured
 from helpers import ROOT, finish, free_port, quick, read_log, started
+from launched import ENVIRONMENT, RUN, position, wait_for
 from states import difference_of
-from test_faults_of_processes import ENVIRONMENT, RUN, position, wait_for
 
 from checkpoints import read
 

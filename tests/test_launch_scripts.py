@@ -11,7 +11,7 @@ import time
 import pytest
 import run_with_submitit
 from helpers import ROOT, quick, started
-from test_faults_of_processes import ENVIRONMENT, RUN, position, wait_for
+from launched import ENVIRONMENT, RUN, position, wait_for
 
 from checkpoints import read
 

@@ -244,7 +244,7 @@ def test_missing_extra_is_named(own_path, capsys, monkeypatch):
 
 
 def test_digits_without_their_package(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     assert training.main(quick()) == 2
     assert capsys.readouterr().err == "error: --data_set digits needs scikit-learn: pip install scikit-learn\n"
 

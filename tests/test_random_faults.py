@@ -7,8 +7,8 @@ import pytest
 import torch
 from faults import measured
 from helpers import ROOT, finish, make_image_folder, quick
+from launched import ENVIRONMENT, RUN
 from states import difference_of
-from test_faults_of_processes import ENVIRONMENT, RUN
 
 import main
 from checkpoints import read
