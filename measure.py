@@ -20,7 +20,8 @@ from models import build_model
 from models.build import parse_name
 from models.ops import mixture_conv, sample_conv, scratch
 from models.ops.control import forced_backend, observed
-from models.ops.geometry import Geometry, geometry, is_channels_last
+from models.ops.geometry import Geometry, geometry
+from models.ops.layout import is_channels_last
 
 if TYPE_CHECKING:
     import numpy as np

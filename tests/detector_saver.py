@@ -25,6 +25,7 @@ from startup import before_torch
 
 before_torch()
 
+import mmdet.visualization  # noqa: F401 -- once, and not in every child, which takes more than a second
 import torch
 from mmengine.model import BaseModel
 from mmengine.runner import Runner

@@ -1,5 +1,6 @@
 """Runs a function in processes that belong together, as those of a training run."""
 
+import multiprocessing
 import pickle
 import tempfile
 import time
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from helpers import free_port
 
 PATIENCE = 180  # seconds
+# they are forked from one process, which imports what takes seconds
+multiprocessing.set_forkserver_preload(["engine", "training"])
 
 
 def in_processes(worker, *arguments, grouped=True, world=2):
@@ -20,10 +23,8 @@ def in_processes(worker, *arguments, grouped=True, world=2):
     """
     with tempfile.TemporaryDirectory() as folder:
         own = (Path(folder), free_port() if grouped else None, world, worker, arguments)
-        workers, deadline = (
-            torch.multiprocessing.spawn(_run, own, nprocs=world, join=False),
-            time.monotonic() + PATIENCE,
-        )
+        deadline = time.monotonic() + PATIENCE
+        workers = torch.multiprocessing.start_processes(_run, own, nprocs=world, join=False, start_method="forkserver")
         # returns at every process that ends, and raises where one failed
         while not workers.join(timeout=1):
             if time.monotonic() > deadline:

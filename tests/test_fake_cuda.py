@@ -17,7 +17,8 @@ from models.methods import LAYERS
 from models.ops import mixture_conv, sample_conv
 from models.ops.backends import BACKENDS, available_backends
 from models.ops.control import forced_backend, observed
-from models.ops.geometry import geometry, is_channels_last
+from models.ops.geometry import geometry
+from models.ops.layout import is_channels_last
 from optim_factory import Schedule, create_optimizer
 from utils import Process
 

@@ -113,6 +113,7 @@ def test_a_mistake_is_refused_without_assertions_too(bad_files):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MISTAKES)
+@pytest.mark.alone
 def test_a_mistake_is_refused_in_three_seconds(case, bad_files):
     """As a user starts it; the time that other processes of the machine take does not count."""
     arguments, part = words_of(case, bad_files)

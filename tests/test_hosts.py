@@ -157,7 +157,7 @@ def test_a_machine_is_lost_and_comes_back(network, tmp_path):
 @pytest.mark.slow
 def test_a_machine_is_lost_for_good(network, tmp_path):
     """F20: half of the processes go on from the checkpoint, with as many images an update."""
-    options = {**RUN, "epochs": 6, "batch_size": 16, "timeout": 20, "output_dir": tmp_path}
+    options = {**RUN, "batch_size": 16, "timeout": 20, "report": False, "output_dir": tmp_path}
     with host(network, "A", "1:2", 2, options) as first, host(network, "B", "1:2", 2, options):
         wait_for(lambda: position(tmp_path) >= 5)
         world = read(max(tmp_path.glob("checkpoint-0-*.pth"), key=os.path.getmtime))["world_size"]
@@ -166,17 +166,17 @@ def test_a_machine_is_lost_for_good(network, tmp_path):
         out, _ = first.communicate(timeout=300)
     wall = time.monotonic() - begun
     assert first.returncode == 0 and world == 4, out
-    last = read(tmp_path / "checkpoint-5.pth")
+    last = read(tmp_path / "checkpoint-1.pth")
     assert last["world_size"] == 2 and last["images_per_update"] == {"images": 64, "target": 64}
     assert re.search(r"2 processes: 16 x 2 x 2 = 64 images an update as before, not 16 x 1 x 2 = 32", out)
-    assert [row["epoch"] for row in read_log(tmp_path)] == list(range(6))
+    assert [row["epoch"] for row in read_log(tmp_path)] == list(range(2))
     measured("F20", f"4 -> 2 processes, 64 images an update before and after, finished {wall:.0f} s after the loss")
 
 
 @pytest.mark.slow
 def test_the_link_goes_down_and_comes_back(network, tmp_path):
     """F20: both wait no longer than the time-out, and go on when they can reach each other."""
-    options = {**RUN, "epochs": 6, "timeout": 5, "output_dir": tmp_path}
+    options = {**RUN, "timeout": 5, "report": False, "output_dir": tmp_path}
     with host(network, "A", "2", 1, options) as first, host(network, "B", "2", 1, options) as second:
         wait_for(lambda: position(tmp_path) >= 5)
         begun = time.monotonic()
@@ -187,12 +187,14 @@ def test_the_link_goes_down_and_comes_back(network, tmp_path):
         wall = time.monotonic() - begun
         with contextlib.suppress(subprocess.TimeoutExpired):
             second.communicate(timeout=30)
-    assert "another process of the run did not answer in time" in out or "another process of the run ended" in out
     state = max(tmp_path.glob("checkpoint-*.pth"), key=os.path.getmtime)
     if first.returncode == 0:
-        assert [row["epoch"] for row in read_log(tmp_path)] == list(range(6))
+        # the process saw its time-out, or its launcher, which misses the other one, too, was faster
+        assert "resuming from" in out, out[-3000:]
+        assert [row["epoch"] for row in read_log(tmp_path)] == list(range(2))
         measured("F20", f"link down for 12 s: finished after {wall:.0f} s")
     else:
         # the meeting point was out of reach too long: what was saved is good
+        assert "another process of the run " in out, out[-3000:]
         assert difference_of(read(state), read(state)) == []
         measured("F20", f"link down for 12 s: ended after {wall:.0f} s, with a checkpoint")

@@ -148,18 +148,6 @@ def geometry(
     )
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether channels are innermost in memory (as in torch.channels_last, in any number of dimensions)."""
-    return x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
-
-
-def empty_like_layout(x: Tensor, channels: int, out: Sequence[int]) -> Tensor:
-    """An uninitialised output [B, channels, *out], with channels innermost in memory if those of x are."""
-    if is_channels_last(x):
-        return x.new_empty(x.shape[0], *out, channels).movedim(-1, 1)
-    return x.new_empty(x.shape[0], channels, *out)
-
-
 def live_alpha(alpha: Tensor, geo: Geometry) -> Tensor:
     """alpha [B, m, n] -> [B, T, Go, Gi, n] without the dead taps, Go over all groups; a view where memory allows it."""
     if not geo.per_tap or geo.kernel == geo.full_kernel:

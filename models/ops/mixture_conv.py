@@ -11,7 +11,8 @@ from .backends import BACKENDS, available_backends
 from .backends.triton_support import TritonFailed
 from .control import backend_forced, is_plain, tell
 from .cost import cheapest
-from .geometry import Geometry, geometry, is_channels_last, output_size
+from .geometry import Geometry, geometry, output_size
+from .layout import in_layout, is_channels_last
 from .naive import mixture_conv_naive
 from .portable import portable_mixture_conv
 
@@ -145,10 +146,6 @@ def _as_evaluated(cells, x, backend):
     return cells if BACKENDS[backend].casts_cells else cells.to(x.dtype)
 
 
-def _in_layout(y, last):
-    return y.movedim(1, -1).contiguous().movedim(-1, 1) if last else y.contiguous()
-
-
 def _evaluate(
     x: torch.Tensor,
     alpha: torch.Tensor,
@@ -174,7 +171,7 @@ def _evaluate(
         _plan.cache_clear()
         geo, backend = _geometry_and_backend(*arguments, False)
         y = BACKENDS[backend].forward(x, alpha, _as_evaluated(cells, x, backend), geo)
-    y = _in_layout(y, is_channels_last(x))
+    y = in_layout(y, is_channels_last(x))
     # in place, because allocating new memory costs as much as the addition
     return y if bias is None else y.add_(bias.view(-1, *[1] * len(geo.out)))
 

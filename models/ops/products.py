@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .geometry import Geometry, full_alpha, is_channels_last
+from .geometry import Geometry, full_alpha
+from .layout import is_channels_last
 
 # columns of a warehouse in one product on the CPU: wider products are up to 1.7 times as slow
 COLUMNS = 1 << 14

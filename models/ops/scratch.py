@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .layout import is_channels_last
+
 # of the largest buffer; larger requests are allocated and freed as usual
 LIMIT_BYTES = 64 << 20
 
@@ -41,7 +43,7 @@ def widened(slot: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in a data type: itself, or a copy in scratch memory, with channels innermost in memory if those of x are."""
     if x.dtype == dtype:
         return x
-    last = x.stride(1) == 1 and not x.is_contiguous()
+    last = is_channels_last(x)
     rows = x.movedim(1, -1) if last else x
     copy = scratch(slot, rows.shape, x.new_empty(0, dtype=dtype)).copy_(rows)
     return copy.movedim(-1, 1) if last else copy

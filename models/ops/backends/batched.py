@@ -8,17 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..geometry import (
-    SMALL_MAP,
-    Geometry,
-    empty_like_layout,
-    full_alpha,
-    is_channels_last,
-    live_alpha,
-    patches,
-    patches_are_copies,
-    unpatches,
-)
+from ..geometry import SMALL_MAP, Geometry, full_alpha, live_alpha, patches, patches_are_copies, unpatches
+from ..layout import empty_like_layout, is_channels_last
 from ..products import LOW_PRECISION, chunks, fold, fold_alpha, mix, output_blocks, unfold_alpha, unmix, wide_like
 from ..scratch import scratch
 

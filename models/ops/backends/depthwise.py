@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..geometry import Geometry, full_alpha, is_channels_last, live_alpha
+from ..geometry import Geometry, full_alpha, live_alpha
+from ..layout import in_layout, is_channels_last
 from ..scratch import output, scratch, widened
 from .compiled import STORED, TYPES, compiles, library, run
 
@@ -69,11 +70,6 @@ def _last(x: Tensor, geo: Geometry) -> bool:
     return is_channels_last(x) and geo.c_out == geo.groups
 
 
-def _dense(x: Tensor, last: bool) -> Tensor:
-    """x without gaps in memory, with channels innermost if `last`."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x.contiguous()
-
-
 def _rows(alpha: Tensor, geo: Geometry) -> Tensor:
     """alpha [B, m, n] -> [B, T, Go, 1, n]: a row for every mixed cell."""
     return live_alpha(alpha, geo).to(TYPES[alpha.dtype]).contiguous()
@@ -87,7 +83,7 @@ def _kernels(slot: str, geo: Geometry, like: Tensor) -> Tensor:
 def forward(x: Tensor, alpha: Tensor, cells: Tensor, geo: Geometry) -> Tensor:
     """Convolve every channel of every sample with its own small kernel."""
     last = _last(x, geo)
-    source = _dense(widened("x", x, STORED[x.dtype]), last)
+    source = in_layout(widened("x", x, STORED[x.dtype]), last)
     y = output((geo.batch, geo.c_out, *geo.out), source, x.dtype, last)
     rows = _rows(alpha, geo)
     cells = cells.to(rows.dtype).contiguous()
@@ -100,7 +96,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `forward`; the kernels are mixed again."""
     last = _last(x, geo)
-    source, dy = (_dense(tensor.to(TYPES[x.dtype]), last) for tensor in (x, dy))
+    source, dy = (in_layout(tensor.to(TYPES[x.dtype]), last) for tensor in (x, dy))
     rows, cells = _rows(alpha, geo), cells.to(source.dtype).contiguous()
     dx = dalpha = dcells = sums = dkernels = None
     if needs[0]:

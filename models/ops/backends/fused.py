@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..geometry import Geometry, full_alpha, is_channels_last, live_alpha
+from ..geometry import Geometry, full_alpha, live_alpha
+from ..layout import in_layout, is_channels_last
 from ..scratch import output, scratch, widened
 from .compiled import STORED, TYPES, compiles, library, run
 from .windows import Windows
@@ -111,8 +112,7 @@ def backward(
     last = is_channels_last(dy)
     own = _Pass(x, alpha, cells, geo, last)
     source, y_map = own.x(x), own.y_map()
-    dy = widened("dy", dy, own.stored)
-    own.run("gradient_rows", dy.movedim(1, -1).contiguous() if last else dy.contiguous(), y_map)
+    own.run("gradient_rows", in_layout(widened("dy", dy, own.stored), last), y_map)
     dx = dalpha = dcells = None
     if needs[0]:
         dx = torch.empty_like(source)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..dead_taps import convolution_backward
-from ..geometry import Geometry, empty_like_layout, library_convolution, live_alpha, unpad
+from ..geometry import Geometry, library_convolution, live_alpha, unpad
+from ..layout import empty_like_layout
 from ..products import kernel_gradients, mix
 from ..scratch import scratch
 

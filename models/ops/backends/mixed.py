@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..geometry import Geometry, empty_like_layout, full_alpha, live_alpha, patches, unpatches
+from ..geometry import Geometry, full_alpha, live_alpha, patches, unpatches
+from ..layout import empty_like_layout
 from ..products import LOW_PRECISION, fold, fold_alpha, output_blocks, unfold_alpha
 from ..scratch import scratch
 

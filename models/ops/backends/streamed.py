@@ -9,7 +9,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ..geometry import Geometry, is_channels_last
+from ..geometry import Geometry
+from ..layout import is_channels_last
 from ..scratch import output, scratch, widened
 from . import fused
 from .compiled import TYPES, compiles, library, run

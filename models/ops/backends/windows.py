@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..geometry import Geometry, is_channels_last
+from ..geometry import Geometry
+from ..layout import in_layout, is_channels_last
 
 
 class Windows:
@@ -41,7 +42,7 @@ class Windows:
         last = is_channels_last(x)
         if not self._all_seen:
             x = x[(..., *self._seen)]
-        return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x.contiguous()
+        return in_layout(x, last)
 
     def unread(self, seen: Tensor, x: Tensor) -> Tensor:
         """The gradient of x from that of the part that is read."""
