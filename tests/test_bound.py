@@ -1,5 +1,6 @@
 """scripts/bound.py: the least that a dynamic network adds to a static one."""
 
+import argparse
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 from helpers import ROOT
 
 from measure import geometry_of
-from scripts.bound import added
+from scripts import bound
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ from scripts.bound import added
 )
 def test_least_multiply_adds(batch, size, convolution, least):
     x, alpha, cells = torch.zeros(batch, 8, size, size), torch.zeros(batch, 9, 5), torch.zeros(5, 8, 8, 1, 1)
-    assert added(geometry_of(x, alpha, cells, [3, 3], None, 1, [1, 1])) == (convolution, least)
+    assert bound.added(geometry_of(x, alpha, cells, [3, 3], None, 1, [1, 1])) == (convolution, least)
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
@@ -42,3 +43,16 @@ def test_bound_is_below_one(mode):
     ]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert 0 < float(re.search(r"bound (\d\.\d+)\n", out)[1]) < 1
+
+
+@pytest.mark.parametrize("rates", [(1e9, 0), (float("inf"), 1e-3)], ids=["products", "bytes"])
+def test_training_adds_what_inference_does_three_times(rates, monkeypatch, capsys):
+    """Two more products for each; a warehouse is read once more, and its gradient is written."""
+    monkeypatch.setattr(bound, "peak_rate", lambda repeats: rates[0])
+    monkeypatch.setattr(bound, "reading_seconds", lambda numbers, repeats: rates[1])
+    monkeypatch.setattr(bound, "median_seconds", lambda function, repeats: 1.0)
+    for mode in ("inference", "training"):
+        args = argparse.Namespace(mode=mode, batch_size=2, input_size=32, repeats=1, layers=False)
+        bound.bound("configs/resnet18/kw1x_resnet18.json", args)
+    first, second = map(float, re.findall(r"additions at least ([\d.]+) ms", capsys.readouterr().out))
+    assert first > 5 and second == pytest.approx(3 * first, abs=0.2)
