@@ -7,7 +7,7 @@ from pathlib import Path
 
 CATALOGUE = {
     "F1": ("SIGKILL during a save, at random", "every folder resumes, at most the last save is lost"),
-    "F2": ("SIGKILL at every fsync and rename of a save", "every folder resumes"),
+    "F2": ("SIGKILL at every system call of a save", "every folder resumes"),
     "F3": ("order of the system calls of a save", "fsync of the file, rename, fsync of the folder"),
     "F4": ("full disk while saving", "older files intact, the run goes on, one warning for each failed save"),
     "F5": ("EIO from fsync, EROFS from rename", "as F4, and no false claim"),
