@@ -22,7 +22,8 @@ def in_processes(worker, *arguments, grouped=True, world=2):
     `torch.distributed` over gloo.  An error in one of them is raised here and ends both.
     """
     with tempfile.TemporaryDirectory() as folder:
-        own = (Path(folder), free_port() if grouped else None, world, worker, arguments)
+        # as bytes: tensors would be passed as open files, of which a process can take few
+        own = (Path(folder), free_port() if grouped else None, world, pickle.dumps((worker, arguments)))
         deadline = time.monotonic() + PATIENCE
         workers = torch.multiprocessing.start_processes(_run, own, nprocs=world, join=False, start_method="forkserver")
         # returns at every process that ends, and raises where one failed
@@ -34,8 +35,9 @@ def in_processes(worker, *arguments, grouped=True, world=2):
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]
 
 
-def _run(rank, folder, port, world, worker, arguments):
+def _run(rank, folder, port, world, work):
     torch.set_num_threads(1)
+    worker, arguments = pickle.loads(work)
     if port is not None:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     (folder / str(rank)).write_bytes(pickle.dumps(worker(rank, *arguments)))
