@@ -68,7 +68,7 @@ def run_to_end(
 
     from engine import LoaderFailed, NonFiniteLoss, loader_failure
     from loading.images import UnreadableImage
-    from utils import lost_processes
+    from utils import leave_processes, lost_processes
 
     try:
         run(args, given, asked, lock, signals)
@@ -89,7 +89,7 @@ def run_to_end(
             "take a batch of two or more, or larger images"
         ) from None
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave_processes()
     return 0
 
 

@@ -207,6 +207,21 @@ def in_parallel(
     return net
 
 
+# groups of processes that this one has left
+_left = []
+
+
+def leave_processes() -> None:
+    """Leave the group of all processes.
+
+    It is kept, so that a DistributedDataParallel that still exists is not the last to own it: that one would hold
+    Python's lock while it waits for the threads of gloo, and these may wait for the lock, to let go of a tensor
+    (PyTorch's issue 56297). Of 100 processes one or two would never end.
+    """
+    _left.append(dist.group.WORLD)
+    dist.destroy_process_group()
+
+
 def _require_sums(dtype: torch.dtype, device: torch.device) -> None:
     """Try a sum over the processes in a data type.
 

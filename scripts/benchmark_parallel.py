@@ -30,7 +30,7 @@ import torch.distributed as dist
 from command_line import at_least
 from measure import device_name, peak_memory, relative, seconds
 from models import ConfigError, build_model, read_config
-from utils import in_parallel
+from utils import in_parallel, leave_processes
 
 OURS, DEFAULTS, ALONE = "this project's", "torch's defaults", "no exchange"
 # name -> arguments of `in_parallel`
@@ -152,7 +152,7 @@ def worker(rank, store, args):
     if rank == 0:
         report(args, settings, gradients, times, memory, alone)
     dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()
 
 
 def main():

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from helpers import free_port
 
+from utils import leave_processes
+
 PATIENCE = 180  # seconds
 # they are forked from one process, which imports what takes seconds
 multiprocessing.set_forkserver_preload(["engine", "training"])
@@ -43,4 +45,4 @@ def _run(rank, folder, port, world, work):
     (folder / str(rank)).write_bytes(pickle.dumps(worker(rank, *arguments)))
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        leave_processes()

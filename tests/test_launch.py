@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import KW, METHODS, METHODS_OF_RUNS, free_port, launch, make_image_folder, quick, read_log, started
+from helpers import KW, METHODS, METHODS_OF_RUNS, finish, free_port, launch, make_image_folder, quick, read_log, started
 from processes import in_processes
 
 import main
@@ -247,6 +247,22 @@ def test_buffers_are_each_process_s_own_until_the_end_of_an_epoch():
     first, second = in_processes(_ddp_worker)
     assert first[0] == second[0] == 0, "buffers were broadcast in a forward pass"
     assert first[1] != second[1] and first[2] == second[2] == first[1] and first[3] == second[3]
+
+
+def test_a_group_is_left_while_its_network_exists():
+    """Without `leave_processes` one or two of a hundred such processes wait for ever."""
+    code = (
+        "import torch, torch.distributed as dist, utils\n"
+        "def once():\n"
+        "    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "    net = utils.in_parallel(torch.nn.Linear(8, 8), torch.device('cpu'))\n"
+        "    net(torch.randn(4, 8)).sum().backward()\n"
+        "    dist.all_reduce(torch.ones(3))\n"
+        "    utils.leave_processes()\n"
+        "for _ in range(500):\n    once()\n"
+    )
+    result = finish([sys.executable, "-c", code], 120, {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(

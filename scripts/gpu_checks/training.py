@@ -106,7 +106,7 @@ def _one_process(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        utils.leave_processes()
 
 
 def train(
