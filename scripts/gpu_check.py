@@ -13,10 +13,11 @@
 What fails is printed, and the others go on. A backend that failed is not timed. Where the time is up, cells of the
 tables stay empty. Writes OUTPUT/gpu.md, OUTPUT/gpu_layers.csv, OUTPUT/gpu_networks.csv and the file of costs.
 
-Exit code: 0 if all checks were made and passed, 1 if not, 2 without a GPU.
+Exit code: 0 if all checks were made and passed, 1 if not, or if something hangs, 2 without a GPU.
 """
 
 import argparse
+import faulthandler
 import math
 import os
 import sys
@@ -35,6 +36,8 @@ import torch
 PARTS = ("operators", "resume", "synchronisations", "methods", "times")
 # shares of the whole time at which the parts end
 UNTIL = {"operators": 0.36, "resume": 0.39, "synchronisations": 0.43, "methods": 0.66, "layers": 0.82, "networks": 0.97}
+# times as long as asked for
+STUCK = 1.5
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -63,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         print(f"error: --skip {unknown[0]}: the backends are {', '.join(BACKENDS)}", file=sys.stderr)
         return 2
+    # something waits for ever: show where, and end
+    faulthandler.dump_traceback_later(60 * STUCK * max(args.minutes, 1), exit=True)
     report = Report("cpu" if args.dry_run else "cuda", args.minutes, args.dry_run)
     print(machine(report), flush=True)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -72,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
             run(report, args, output)
         except LostDevice as error:
             report.fail("the GPU", str(error))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
     print(f"\n{report.summary()}, in {report.elapsed():.0f} s")
     for line in report.failures:
         print(f"FAILED {line}")

@@ -193,9 +193,19 @@ def _environment(pid):
 
 
 def finish(command, timeout, env=None, cwd=ROOT):
-    """Run a command to its end; returns the completed process with its text."""
+    """Run a command to its end; returns the completed process with its text.
+
+    Raises:
+        AssertionError: it takes longer than `timeout` seconds; tells where a process of Python stands, and its text.
+    """
+    env = {**(env or {}), "PYTHONFAULTHANDLER": "1"}
     with started(command, env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        out, err = process.communicate(timeout=timeout)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)
+            out, err = process.communicate(timeout=10)
+            raise AssertionError(f"still running after {timeout} s\n{err[-6000:]}\n{out[-3000:]}") from None
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 

@@ -85,6 +85,18 @@ def test_an_unknown_backend(capsys):
     assert capsys.readouterr().err.startswith("error: --skip cudnn: the backends are grouped")
 
 
+def test_a_command_that_hangs():
+    """It shows where, and ends."""
+    code = (
+        "import sys, time; sys.path.insert(0, 'scripts')\nimport gpu_check\n"
+        "def hanging(*arguments):\n    time.sleep(100)\n"
+        "gpu_check.run, gpu_check.STUCK = hanging, 0.01\n"
+        "gpu_check.main(['--dry_run'])"
+    )
+    result = finish([sys.executable, "-c", code], 60)
+    assert result.returncode == 1 and "Timeout" in result.stderr and "in hanging" in result.stderr
+
+
 def test_checks_that_were_not_made(capsys):
     """There was no time: nothing failed, and still not all is well."""
     assert gpu_check.main(["--dry_run", "--only", "synchronisations", "--minutes", "0"]) == 1
