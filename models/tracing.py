@@ -3,7 +3,9 @@
 Shapes: images are [B, 3, H, W], with any B; H and W are those of the trace unless they were made dynamic.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +49,7 @@ def traced(model: nn.Module, size: int, dynamic_size: bool = False) -> torch.exp
     images = images_of(model, 2, size, size)
     model = _with_static_layers(model)
     try:
-        with forced_backend("portable"), quiet():
+        with forced_backend("portable"), quiet(), without_source_lines():
             program = torch.export.export(model, (images,), dynamic_shapes=(dims,), strict=False)
     except Exception as error:
         # the tracer raises exceptions of any type
@@ -56,8 +58,20 @@ def traced(model: nn.Module, size: int, dynamic_size: bool = False) -> torch.exp
     for node in program.graph.nodes:
         # lines of source code, with the folders of this machine
         node.meta.pop("stack_trace", None)
+    _drop_casts(program)
     _fold_norms(program)
     return program
+
+
+@contextlib.contextmanager
+def without_source_lines() -> Iterator[None]:
+    """Inside the context, programs do not keep the lines of source code of their nodes, which takes long to collect."""
+    config = torch.fx.config
+    before, config.do_not_emit_stack_traces = config.do_not_emit_stack_traces, True
+    try:
+        yield
+    finally:
+        config.do_not_emit_stack_traces = before
 
 
 class _StaticLayer(nn.Module):
@@ -86,6 +100,19 @@ def _with_static_layers(model: nn.Module) -> nn.Module:
     for name, kernel in kernels.items():
         model.set_submodule(name, _StaticLayer(dynamic[name], kernel))
     return model.eval()
+
+
+def _drop_casts(program: torch.export.ExportedProgram) -> None:
+    """Take out casts to the type that a tensor already has, and the checks of it, which exporters carry along."""
+    aten, nodes = torch.ops.aten, program.graph.nodes
+    for node in [node for node in nodes if node.target is aten._assert_tensor_metadata.default]:
+        program.graph.erase_node(node)
+    for node in [node for node in nodes if node.target is aten.to.dtype]:
+        # further arguments ask for a copy, and a program's outputs are known by their names
+        is_plain = len(node.args) == 2 and not node.kwargs and all(user.op != "output" for user in node.users)
+        if is_plain and node.args[0].meta["val"].dtype == node.args[1]:
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
 
 
 def _fold_norms(program: torch.export.ExportedProgram) -> None:
