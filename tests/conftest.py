@@ -24,9 +24,17 @@ def pytest_addoption(parser):
     parser.addoption("--faults", metavar="FILE", help="write the table of what the tests of faults measured")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """With several processes, the one that started them writes the table of what all of them measured."""
+    faults.merge(getattr(node, "workeroutput", {}).get("faults", {}))
+
+
 def pytest_sessionfinish(session):
-    path = session.config.getoption("--faults")
-    if path and faults.ROWS:
+    path, told = session.config.getoption("--faults"), getattr(session.config, "workeroutput", None)
+    if told is not None:
+        told["faults"] = faults.ROWS
+    elif path and faults.ROWS:
         faults.write_table(path)
 
 

@@ -36,6 +36,7 @@ CATALOGUE = {
     "F28": ("names, times and clocks", "what a checkpoint holds counts"),
     "F29": ("python -O", "the same"),
     "F30": ("state of a model, saved and read in a new process", "outputs equal"),
+    "cost": ("a save of 100 MB", "at most 1.5 times a bare torch.save, less than 1 % of the time between two saves"),
 }
 ROWS: dict[str, list[str]] = {}
 
@@ -45,6 +46,12 @@ def measured(fault, result):
     ROWS.setdefault(fault, []).append(result)
 
 
+def merge(rows):
+    """Take over what another process of the session measured."""
+    for fault, results in rows.items():
+        ROWS.setdefault(fault, []).extend(results)
+
+
 def write_table(path):
     """Write the table; faults that did not run in this session keep the rows of the file."""
     target = Path(path)
@@ -52,7 +59,7 @@ def write_table(path):
     if target.is_file():
         head, _, table = target.read_text().partition("| fault |")
         rows, _, tail = table.partition("\n\n")
-        cells = [line.split(" | ") for line in rows.splitlines() if line.startswith("| F")]
+        cells = [line.split(" | ") for line in rows.splitlines() if line.startswith("| ")]
         old = {row[0].removeprefix("| "): row[-1].removesuffix(" |") for row in cells}
         tail = tail and "\n" + tail
     else:

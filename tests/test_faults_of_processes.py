@@ -321,9 +321,8 @@ def test_cost_of_a_save(tmp_path):
     (options, _) = merged_options(parse_words(make_parser(), []))
     default = 60 * int(options.save_interval.removesuffix("m"))
     measured(
-        "F3",
-        f"a save of 100 MB holds the run up {ours / bare:.2f} times a bare torch.save ({bare * 1000:.0f} ms) "
-        f"and is whole after {whole / bare:.2f} times; it takes {100 * ours / default:.3f} % of the {default} s "
-        "between two saves",
+        "cost",
+        f"holds the run up {ours / bare:.2f} times a bare torch.save ({bare * 1000:.0f} ms) and is whole after "
+        f"{whole / bare:.2f} times; takes {100 * ours / default:.3f} % of the {default} s between two saves",
     )
     assert ours < 1.5 * bare and ours < 0.01 * default
