@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from models.config import ConfigError
+from models.download import sha256_of
 from utils import is_main_process, log, share
 
 from .choice import BEST as BEST_NAME
@@ -67,10 +68,22 @@ class RunFolder:
             self._set_aside(position_of(checkpoint), fresh=not own)
             self._manifest.run = known if isinstance(known, str) else uuid.uuid4().hex
             self._manifest.files = {n: e for n, e in self._manifest.files.items() if (self.path / n).is_file()}
+            self._list_others()
             self._try(MANIFEST, self._manifest.write)
             if own:
                 self._repair_best(checkpoint)
         self.run = share(self._manifest.run)
+
+    def _list_others(self) -> None:
+        """List what this run saved, and a crash or a damaged manifest left out, so that it is deleted in its turn."""
+        files = self._manifest.files
+        for position, path in named(self.path):
+            content = None if path.name in files else content_of(path)
+            # a copy under another name is the user's
+            if content is None or content.get("run") != self._manifest.run or position_of(content) != position:
+                continue
+            epoch, update = position
+            files[path.name] = _entry(path, sha256_of(path), epoch, None if update == math.inf else int(update))
 
     def _set_aside(self, position: Position | None, fresh: bool) -> None:
         """Move the files of a run that this one does not continue into a subfolder.
@@ -162,9 +175,7 @@ class RunFolder:
         self._manifest.files.pop(name, None)
         if digest is None:
             return False
-        self._manifest.files[name] = {
-            "sha256": digest, "bytes": path.stat().st_size, "epoch": epoch, "update": update
-        }  # fmt: skip
+        self._manifest.files[name] = _entry(path, digest, epoch, update)
         self._try(MANIFEST, self._manifest.write)
         return True
 
@@ -243,6 +254,10 @@ def remove_stale_files(folder: Path) -> None:
     for pattern in (".checkpoint*.tmp", ".manifest*.tmp", ".log*.tmp", ".steps*.tmp", ".curves*.tmp"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
+
+
+def _entry(path: Path, digest: str, epoch: int, update: int | None) -> dict[str, Any]:
+    return {"sha256": digest, "bytes": path.stat().st_size, "epoch": epoch, "update": update}
 
 
 def _writer(state: dict[str, Any]) -> Callable[[Path], str]:

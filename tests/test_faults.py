@@ -196,6 +196,20 @@ def test_a_damaged_manifest_costs_nothing(finished, capsys):
     assert newest_checkpoint(finished).name == "checkpoint-2.pth"
 
 
+@pytest.mark.parametrize("content", [b"{", None])
+def test_what_a_damaged_manifest_listed_is_deleted_in_its_turn(finished, content):
+    shutil.copy(finished / "checkpoint-1.pth", finished / "checkpoint-77.pth")
+    if content is None:
+        (finished / "manifest.json").unlink()
+    else:
+        (finished / "manifest.json").write_bytes(content)
+    assert main.main(quick(epochs=5, output_dir=finished, save_ckpt_num=2)) == 0
+    names = {"checkpoint-3.pth", "checkpoint-4.pth"}
+    assert set(Manifest(finished).files) - {"checkpoint-best.pth"} == names
+    # but not a copy that somebody made
+    assert {path.name for path in finished.glob("checkpoint-[0-9]*")} == {*names, "checkpoint-77.pth"}
+
+
 def test_what_a_checkpoint_holds_counts_and_not_its_name(finished):
     """F28: names, times and clocks say nothing."""
     (finished / "manifest.json").unlink()
