@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: --skip {unknown[0]}: the backends are {', '.join(BACKENDS)}", file=sys.stderr)
         return 2
     # something waits for ever: show where, and end
-    faulthandler.dump_traceback_later(60 * STUCK * max(args.minutes, 1), exit=True)
+    faulthandler.dump_traceback_later(60 * STUCK * max(args.minutes, 1), exit=True, file=sys.__stderr__)
     report = Report("cpu" if args.dry_run else "cuda", args.minutes, args.dry_run)
     print(machine(report), flush=True)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
