@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -45,14 +44,17 @@ class JsonLines:
     def _drop(self, keeps: Callable[[dict[str, Any]], bool]) -> None:
         lines = self.path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith(b"\n") and (row := _row(line)) is not None and keeps(row)]
-        if len(kept) == len(lines):
+        if kept == lines:
             return
         try:
-            # where no line is kept a new log begins, and the old one is kept under another name
+            # a full disk, too, has room for a new name and for a shorter file
             if not kept:
-                dated = f"{self.path.stem}-{time.strftime('%Y%m%d-%H%M%S')}{self.path.suffix}"
-                shutil.copy2(self.path, self.path.with_name(dated))
-            replace_file(self.path, lambda file: file.writelines(kept))
+                # a new log begins
+                self.path.rename(self.path.with_stem(f"{self.path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"))
+            elif kept == lines[: len(kept)]:
+                os.truncate(self.path, sum(map(len, kept)))
+            else:
+                replace_file(self.path, lambda file: file.writelines(kept))
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be written: {error.strerror}; make room") from None
 

@@ -3,6 +3,7 @@
 The names F1 to F30 are those of the catalogue in results/faults.md, whose numbers these tests print.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -28,6 +29,7 @@ import utils
 from checkpoints import Manifest, files, newest_checkpoint, read, write_checkpoint
 from elastic import divided
 from loading.sampling import TrainSampler
+from models.download import sha256_of
 from run_lock import RunLock
 
 # these models are so small that a second thread only waits
@@ -254,6 +256,19 @@ def limit(monkeypatch, fails):
         monkeypatch.setattr(module, "put_in_place", full)
 
 
+@contextlib.contextmanager
+def largest_file(size):
+    """Let every write beyond `size` bytes of a file fail."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
 def test_a_best_checkpoint_that_fails_is_tried_again(tmp_path, monkeypatch, capsys):
     """F4: the disk is full when the best epoch is saved, and has room later."""
     accuracies = iter([80.0, 50.0, 40.0])
@@ -296,6 +311,20 @@ def test_a_full_disk_loses_only_what_was_to_be_saved(tmp_path, monkeypatch, caps
     measured("F4", "exit code 0, one warning for each failed save, older files intact")
 
 
+def test_a_disk_that_is_full_from_the_start(finished):
+    """F4: a run continues although nothing can be written, and loses nothing of what was there."""
+    logs = {name: (finished / name).read_bytes() for name in ("log.txt", "steps.jsonl")}
+    newest = finished / "checkpoint-2.pth"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    kept = sha256_of(finished / "checkpoint-1.pth")
+    with largest_file(1):
+        assert main.main(quick(epochs=3, output_dir=finished)) == 0
+    assert sha256_of(finished / "checkpoint-1.pth") == kept
+    assert [row["epoch"] for row in read_log(finished)] == [0, 1]
+    assert main.main(quick(epochs=3, output_dir=finished)) == 0
+    assert {name: (finished / name).read_bytes() for name in logs} == logs
+
+
 def test_torn_and_foreign_lines_of_a_log(finished):
     log = finished / "log.txt"
     log.write_bytes(log.read_bytes() + b'{"epoch": 1, "trai\n\xff\xfe\n[1]\n{"epoch": 5')
@@ -306,16 +335,10 @@ def test_torn_and_foreign_lines_of_a_log(finished):
 def test_full_disk_of_tensorboard(tmp_path, capsys):
     """F6: its file ends, and the run does not."""
     pytest.importorskip("tensorboardX")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    with largest_file(300):
         started = time.monotonic()
         assert main.main(quick(epochs=1, log_dir=tmp_path / "tb", log_interval=1)) == 0
         wall = time.monotonic() - started
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
     assert capsys.readouterr().err.count("TensorBoard's log") == 1
     measured("F6", f"training finished in {wall:.0f} s with a full disk for TensorBoard")
 
