@@ -9,7 +9,8 @@ kernels from a warehouse that it reads. Each of these takes at least its multipl
 product of matrices, or its bytes over the rate at which memory is read, whichever is longer. Both rates are measured;
 a warehouse is read as often as the network does, so that a small one comes from the cache. The bound is the time of the
 static network, also measured, over that time and the least time of the additions. Where the order of the operations is
-free, as in `models/ops/backends`, the one with the fewest multiply-adds counts.
+free, as in `models/ops/backends`, the one with the fewest multiply-adds counts; a layer that needs fewer than the
+static one, by Winograd's filtering, adds nothing.
 
 Every product of the forward pass has two in the backward pass, for the gradients of its two inputs; nothing is counted
 for computing anything again. A backward pass reads the warehouse once and writes its gradient once.
@@ -32,6 +33,7 @@ import torch
 from measure import MODES, Case, geometry_of, recorded_calls, seconds
 from models import read_config
 from models.counting import count_layers
+from models.ops.backends import BACKENDS
 
 # of the forward pass, and then of the backward pass: products, and how often a warehouse or its gradient is passed over
 PASSES = {"inference": ((1, 1),), "training": ((1, 1), (2, 2))}
@@ -76,6 +78,9 @@ def added(geo):
     kernels = geo.batch * geo.taps * geo.g_out * geo.g_in * geo.cell[0] * geo.q
     convolution = kernels * geo.positions
     orders = [kernels * geo.n]
+    if BACKENDS["winograd"].available(geo, torch.float32, "cpu"):
+        squares = math.prod(math.ceil(size / 2) for size in geo.out)
+        orders.append(kernels * geo.n + kernels * squares * 16 // 9 - convolution)
     if geo.foldable:
         mixed = geo.batch * geo.g_out * geo.n * geo.positions * geo.q
         orders.append(mixed * (geo.taps * geo.g_in + geo.cell[0]) - convolution)

@@ -64,7 +64,8 @@ def poisoned_memory(monkeypatch):
     """Fills fresh memory with NaN, so that an output that is never written shows."""
     # memory that is handed on would hold the numbers of the call before
     names = [
-        f"backends.{name}" for name in ("grouped", "batched", "mixed", "fused", "depthwise", "pointwise", "streamed")
+        f"backends.{name}"
+        for name in ("grouped", "batched", "mixed", "fused", "depthwise", "pointwise", "streamed", "winograd")
     ]
     for module in ("geometry", *names):
         monkeypatch.setattr(f"models.ops.{module}.scratch", lambda slot, shape, like: like.new_empty(shape))

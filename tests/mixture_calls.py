@@ -28,10 +28,14 @@ def make_call(seed, dtype=torch.float64, backend=None):
         padding = [0 if backend == "pointwise" else rng.choice([0, 1, 2]) for _ in range(dims)]
         dilation = [rng.choice([1, 1, 2, 3]) for _ in range(dims)]
         size = [rng.choice([1, 2, 3, 5, 7]) for _ in range(dims)]
+        if backend == "winograd":
+            g_out, size = groups * rng.choice([1, 2]), [rng.choice([2, 3, 4, 5, 7, 10]) for _ in range(2)]
+            kernel, stride, dilation, padding = [3] * 2, [1] * 2, [1] * 2, [rng.choice([0, 1, 2]) for _ in range(2)]
+            dims = 2
         reach = [s + 2 * p - d * (k - 1) for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)]
         if min(reach) > 0 and math.prod(size) * math.prod(kernel) < 4000:
             break
-    window = [1] * dims if rng.random() < 0.7 and backend != "outputs" else kernel
+    window = [1] * dims if backend == "winograd" or (rng.random() < 0.7 and backend != "outputs") else kernel
     taps = math.prod(kernel) // math.prod(window)
     batch, n = rng.choice([1, 2, 3, 9]), rng.choice([1, 3, 6])
 

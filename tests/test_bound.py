@@ -14,17 +14,21 @@ from scripts import bound
 
 
 @pytest.mark.parametrize(
-    ("batch", "size", "convolution", "least"),
+    ("batch", "size", "stride", "n", "convolution", "least"),
     [
         # kernels of 9 x 8 x 8 numbers are mixed for 2 samples from 5 cells, and used at 64 positions
-        (2, 8, 2 * 9 * 64 * 64, 2 * 9 * 64 * 5),
+        (2, 16, 2, 5, 2 * 9 * 64 * 64, 2 * 9 * 64 * 5),
+        # at stride 1 these are 16 squares, each of which takes 16 products of spectra for 36 of the definition
+        (2, 8, 1, 60, 2 * 9 * 64 * 64, 2 * 9 * 64 * 60 - 2 * 20 * 64 * 16),
+        # these save more than mixing from few cells takes
+        (2, 8, 1, 5, 2 * 9 * 64 * 64, 0),
         # one tap sees the only position: inputs, or outputs, of all 5 cells cost less than kernels for 100 samples
-        (100, 1, 100 * 64, 100 * 5 * (64 + 8) - 100 * 64),
+        (100, 1, 1, 5, 100 * 64, 100 * 5 * (64 + 8) - 100 * 64),
     ],
 )
-def test_least_multiply_adds(batch, size, convolution, least):
-    x, alpha, cells = torch.zeros(batch, 8, size, size), torch.zeros(batch, 9, 5), torch.zeros(5, 8, 8, 1, 1)
-    assert bound.added(geometry_of(x, alpha, cells, [3, 3], None, 1, [1, 1])) == (convolution, least)
+def test_least_multiply_adds(batch, size, stride, n, convolution, least):
+    x, alpha, cells = torch.zeros(batch, 8, size, size), torch.zeros(batch, 9, n), torch.zeros(n, 8, 8, 1, 1)
+    assert bound.added(geometry_of(x, alpha, cells, [3, 3], None, stride, [1, 1])) == (convolution, least)
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])

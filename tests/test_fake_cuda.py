@@ -22,7 +22,7 @@ from models.ops.layout import is_channels_last
 from optim_factory import Schedule, create_optimizer
 from utils import Process
 
-ON_CPU_ONLY = ("fused", "depthwise", "pointwise")
+ON_CPU_ONLY = ("fused", "depthwise", "pointwise", "streamed", "winograd")
 ON_GPU = [backend for backend in BACKENDS if backend not in ON_CPU_ONLY]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -103,6 +103,8 @@ def test_every_width_of_vectors(capability, monkeypatch):
     assert compiled.library("fused.cpp", torch.float64).lanes() == {"DEFAULT": 2, "AVX2": 4, "AVX512": 8}[capability]
     for shape in TILES:
         test_tiles("fused", 1, shape)
+        if shape[6] == 3 and len(shape[7]) == 2:
+            test_tiles("winograd", 1, shape)
         if shape[6] == 1:
             test_tiles("pointwise", 1, shape)
     for shape in DEPTHWISE:
@@ -139,6 +141,7 @@ def test_numbers_converted_in_registers(backend, size, last):
         ("pointwise", (3, 64, 15, 15), (3, 2, 6), (6, 300, 32, 1, 1), 1, 1),
         # every other call goes through the warehouse backwards
         ("streamed", (2, 64, 15, 15), (2, 18, 6), (6, 128, 32, 1, 1), 3, 1),
+        ("winograd", (3, 64, 15, 15), (3, 18, 6), (6, 128, 32, 1, 1), 3, 1),
         ("depthwise", (3, 40, 15, 15), (3, 18, 6), (6, 20, 1, 1, 1), 3, 40),
     ],
 )
@@ -392,7 +395,7 @@ def test_what_does_not_fit_is_refused(x, alpha, cells, groups, backend, message)
 
 @pytest.mark.parametrize(
     ("batch", "channels", "size", "n", "backend"),
-    [(64, 256, 2, 47, "mixed"), (1, 256, 14, 47, "streamed"), (1, 512, 7, 27, "streamed")],
+    [(64, 256, 2, 47, "mixed"), (8, 64, 56, 56, "winograd"), (8, 256, 14, 47, "winograd"), (1, 512, 7, 27, "streamed")],
 )
 def test_backend_of_least_cost(batch, channels, size, n, backend):
     """The backends that measurement found to be fastest by 1.3 to 2 times for 3x3 convolutions of ResNet18."""

@@ -51,9 +51,9 @@ def layers(request):
 # that its choices take by the measured costs over the least time
 AGREEMENT = {
     ("resnet50", 4): (0.9, 1.06),
-    ("resnet50", 2): (0.9, 1.08),
+    ("resnet50", 2): (0.87, 1.08),
     ("mobilenetv2", 4): (0.89, 1.07),
-    ("mobilenetv2", 2): (0.84, 1.25),
+    ("mobilenetv2", 2): (0.83, 1.25),
 }
 
 
@@ -82,9 +82,12 @@ def test_order_of_preference_is_that_of_measured_costs(layers, item, backward):
 @pytest.mark.parametrize("gpu", [False, True])
 def test_every_backend_computes_the_products_of_the_definition(backend, gpu):
     """Mixing and convolving is the least work; a backward pass has at least two and a half times as much."""
-    geo = layer(64, 64, 3 if backend in ("fused", "triton", "grouped", "batched") else 1, 8, 5, 16)
+    geo = layer(64, 64, 3 if backend in ("fused", "winograd", "triton", "grouped", "batched") else 1, 8, 5, 16)
     if backend in ("mixed", "outputs"):
         least = geo.batch * geo.positions * geo.c_out * geo.c_in * geo.n
+    elif backend == "winograd":
+        # products of 16 spectra of 2 x 2 outputs
+        least = geo.batch * geo.c_out * geo.c_in * (9 * geo.n + 4 * geo.positions)
     else:
         least = geo.batch * geo.taps * geo.c_out * geo.c_in * (geo.n + geo.positions)
     forward, backward = (sum(step.macs for step in steps(backend, geo, 2, gpu, b)) for b in (False, True))

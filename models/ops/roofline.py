@@ -178,17 +178,23 @@ def _outputs(sizes: _Sizes, backward: bool) -> Iterator[Step]:
         yield Step("gradient of cells", sizes.x + sizes.warehouse + outputs, (1, channels, geo.q, product[1]))
 
 
-def _compiled(sizes: _Sizes, backward: bool, first: bool = True, pad: int = 1) -> Iterator[Step]:
+def _compiled(
+    sizes: _Sizes, backward: bool, first: bool = True, pad: int = 1, winograd: bool = False
+) -> Iterator[Step]:
     """The compiled backends of the CPU, which compute in float32 and keep kernels in the cache.
 
     Args:
         first: whether they want channels outermost in memory, and copy others.
         pad: the input channels of a cell are padded to a multiple of this.
+        winograd: whether they multiply spectra.
     """
     moved, inputs = sizes.alpha + sizes.warehouse, sizes.geo.cell[1]
     copies = 2 * (sizes.x + sizes.y) if sizes.geo.last == first or sizes.low else 0
     samples, positions, outputs, window = sizes.convolve("", COMPILED).product
     window = window // inputs * math.ceil(inputs / pad) * pad
+    if winograd:
+        # 16 spectra of every 2 x 2 outputs, and of every 3 x 3 taps
+        positions, window = math.prod(math.ceil(size / 2) for size in sizes.geo.out), window // 9 * 16
     product = (samples, positions, outputs, window)
     yield Step("mix kernels", moved, (1, sizes.rows, sizes.cell, sizes.geo.n), COMPILED, item=4)
     name = "gradient of the input" if backward else "convolve"
@@ -200,6 +206,10 @@ def _compiled(sizes: _Sizes, backward: bool, first: bool = True, pad: int = 1) -
 
 def _fused(sizes: _Sizes, backward: bool) -> Iterator[Step]:
     return _compiled(sizes, backward, first=False, pad=16)
+
+
+def _winograd(sizes: _Sizes, backward: bool) -> Iterator[Step]:
+    return _compiled(sizes, backward, first=False, pad=16, winograd=True)
 
 
 def _triton_gradients(sizes: _Sizes) -> Iterator[Step]:
@@ -241,6 +251,7 @@ _STEPS: dict[str, Callable[[_Sizes, bool], Iterator[Step]]] = {
     "depthwise": _compiled,
     "pointwise": _compiled,
     "streamed": _compiled,
+    "winograd": _winograd,
     "triton": _triton,
     "triton_fused": _triton_fused,
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Geometry
-from . import batched, depthwise, fused, grouped, mixed, outputs, pointwise, streamed, triton, triton_fused
+from . import batched, depthwise, fused, grouped, mixed, outputs, pointwise, streamed, triton, triton_fused, winograd
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,19 @@ class Backend:
 
 BACKENDS = {
     module.__name__.rpartition(".")[2]: Backend(module.available, module.forward, module.backward, module.CASTS_CELLS)
-    for module in (grouped, batched, mixed, outputs, fused, depthwise, pointwise, streamed, triton, triton_fused)
+    for module in (
+        grouped,
+        batched,
+        mixed,
+        outputs,
+        fused,
+        depthwise,
+        pointwise,
+        streamed,
+        winograd,
+        triton,
+        triton_fused,
+    )
 }
 
 

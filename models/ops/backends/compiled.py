@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-HEADERS = ("registers.h", "maps.h", "streaming.h", "mixing.h")
+HEADERS = ("registers.h", "maps.h", "tiles.h", "gradients.h", "streaming.h", "mixing.h")
 # the data type of the computation for each data type of the inputs
 TYPES = {torch.float64: torch.float64, **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float32)}
 # that of inputs and outputs in memory, for functions that convert numbers in registers

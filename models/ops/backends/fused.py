@@ -26,7 +26,9 @@ def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
     return (geo.per_tap or pointwise) and geo.foldable and compiles(SOURCE, dtype, device, STORED)
 
 
-_NUMBERS = "samples g_out g_in taps n c_out c_in positions groups inputs rows x_last y_last threads".split()
+# of `Shape` in tiles.h
+SHAPE = "samples g_out g_in taps n c_out c_in groups threads".split()
+_NUMBERS = [*SHAPE, *"positions inputs rows x_last y_last".split()]
 _TABLES = "position tap seen".split()
 
 
