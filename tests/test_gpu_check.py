@@ -290,6 +290,21 @@ def test_costs_that_choose_no_better_are_not_kept(gpu, monkeypatch):
     assert sum(names.count("mixed") for names in chosen) > len(layers)
 
 
+def test_work_grows_with_the_layer():
+    """The definition's arithmetic is a bound from below where a backend neither folds nor saves products."""
+    geo, larger = SHAPES.geometry(True), SHAPES.of_batch(32).geometry(True)
+    mix = 8 * 9 * 64 * 64 * 6 / 1e9
+    convolve = mix / 6 * 14 * 14
+    for name in BACKENDS:
+        amounts, grown = work(name, geo, 4), work(name, larger, 4)
+        assert all(0 <= a <= b <= 4 * a * 1.000001 for a, b in zip(amounts, grown, strict=True)), name
+        assert sum(grown) > sum(amounts), name
+    # four bytes take Triton four times as long; 6 cells are padded to 16 or more, and 196 positions to whole tiles
+    for name, again in (("triton", 1), ("triton_fused", 4)):
+        mixed, convolved, *_ = work(name, geo, 2)
+        assert mixed >= again * mix * 16 / 6 and convolve <= convolved <= 8 * convolve, name
+
+
 def test_costs_in_the_project_fit_the_model_of_costs():
     """A cost for every amount of work."""
     for by_size in fitted_costs.read_costs(fitted_costs.PATH).values():

@@ -167,9 +167,17 @@ def work(backend: str, geo: Geometry, item_bytes: int) -> tuple[float, ...]:
     if backend == "streamed":
         kernels = batch * k * g_out * _filled(c_out, LANES) * q * wide
         return kernels * positions, kernels * geo.n, kernels, moved, warehouse, 1
+    return _work_of_triton(backend, geo, item_bytes)
+
+
+def _work_of_triton(backend: str, geo: Geometry, item_bytes: int) -> tuple[float, ...]:
+    """`work` of the backends in Triton, where every shape is padded to full tiles."""
     if backend not in ("triton", "triton_fused"):
         raise KeyError(backend)
-    # Triton: every shape is padded to full tiles
+    groups = geo.groups if geo.foldable else 1
+    batch, g_out, k = geo.batch * groups, geo.g_out // groups, geo.taps * geo.g_in
+    c_out, q, positions = geo.cell[0], geo.q, geo.positions
+    size = batch * g_out * c_out * k * q * item_bytes / MB
     kernels = batch * k * g_out * _filled(c_out, TILE) * _filled(q, TILE) * (1 if item_bytes < 4 else 4) / GIGA
     mix = kernels * _filled(geo.n, TILE)
     if backend == "triton":

@@ -123,6 +123,7 @@ TILES = [
     (1, 5, 6, 1, 1, 1, 3, (5, 3, 4), 70, 2, 1),
     (20, 4, 4, 1, 1, 1, 3, (1, 1), 40, 1, 1),
     (1, 1, 1, 1, 1, 1, 1, (1,), 1),
+    (2, 9, 10, 2, 1, 1, 3, (7, 6), 6, 1, 1),
 ]
 
 
@@ -170,7 +171,7 @@ WHOLE = [
 def odd_shapes(dry: bool) -> list[Shapes]:
     """All of `TILES`, `DEPTHWISE` and `WHOLE`; for a dry run, some of each."""
     if dry:
-        return [tile_shapes(*TILES[3]), tile_shapes(*TILES[6]), depthwise_shapes(*DEPTHWISE[0]), WHOLE[1]]
+        return [*(tile_shapes(*TILES[i]) for i in (3, 6, 8)), depthwise_shapes(*DEPTHWISE[0]), WHOLE[1]]
     depthwise = [depthwise_shapes(*row, whole=i % 2 == 1) for i, row in enumerate(DEPTHWISE)]
     return [*(tile_shapes(*row) for row in TILES), *depthwise, *WHOLE]
 

@@ -1,7 +1,8 @@
 """The backend "winograd" of the mixture convolution on the CPU, compiled from `winograd.cpp`.
 
 For 3 x 3 kernels with stride 1: Winograd's minimal filtering F(2 x 2, 3 x 3) (Lavin and Gray, "Fast Algorithms for
-Convolutional Neural Networks", CVPR 2016) takes 16 products where the definition takes 36.
+Convolutional Neural Networks", CVPR 2016) takes 16 products where the definition takes 36. Rounding errors are of the
+same size; an input that is not finite reaches all outputs of the 2 x 2 squares whose windows see it.
 """
 
 import ctypes
