@@ -18,7 +18,7 @@ from .compiled import STORED, TYPES, compiles, library, run
 
 CASTS_CELLS = True
 SOURCE = "pointwise.cpp"
-# bytes of the kernels that are mixed at a time
+# bytes of the kernels that are mixed at a time, to fit the last cache
 KERNEL_BYTES = 16 << 20
 
 
@@ -30,6 +30,11 @@ def available(geo: Geometry, dtype: torch.dtype, device: str) -> bool:
         and all(left == 0 and right <= 0 for left, right in geo.pads)
         and compiles(SOURCE, dtype, device, STORED)
     )
+
+
+def samples_at_a_time(geo: Geometry, item_bytes: int) -> int:
+    """How many samples have their kernels mixed at a time."""
+    return max(1, KERNEL_BYTES // (geo.c_out * geo.c_in * item_bytes))
 
 
 class _Call(ctypes.Structure):
@@ -74,7 +79,7 @@ class _Pass:
         # fresh pages for a copy would take longer than the copy
         self.x, self.cells = widened("x", x, types[x.dtype]).contiguous(), cells.to(dtype).contiguous()
         self.rows = live_alpha(alpha, geo).to(dtype).contiguous()  # [B, 1, Go, Gi, n]
-        self.step = max(1, KERNEL_BYTES // (self.rows[0, ..., 0].numel() * cells[0].numel() * dtype.itemsize))
+        self.step = samples_at_a_time(geo, dtype.itemsize)
         self.geo = geo
 
     def pieces(self) -> Iterator[tuple[slice, Geometry]]:
