@@ -19,9 +19,10 @@ from gpu_checks import cases
 
 ROOT = Path(__file__).parent.parent
 KW, METHODS = cases.KW, cases.METHODS
-# whole runs take seconds: of names for the layers of another method, and of timm's attention modules, with --slow
-_TWINS = ("kw1d2x", "od", "se", "cbam", "eca")
-METHODS_OF_RUNS = [pytest.param(name, marks=pytest.mark.slow) if name in _TWINS else name for name in METHODS]
+# whole runs take seconds: with --slow those of methods that are one of the others under another name, or keep no state
+# that none of the others keeps
+_ALIKE = ("kw1d2x", "od", "se", "cbam", "eca", "dyconv", "condconv", "cgc", "weightnet", "we")
+METHODS_OF_RUNS = [pytest.param(name, marks=pytest.mark.slow) if name in _ALIKE else name for name in METHODS]
 EXIF_ORIENTATION = 0x0112
 
 

@@ -156,7 +156,18 @@ def _first_gradient(model, x, cells):
     return torch.autograd.grad(model(x).square().sum(), cells)[0]
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if "mobilenet" not in name])
+# compiling takes seconds: with --slow layers that call one operator with one attention, and timm's attention modules
+ONE_CALL = ("dyconv", "condconv", "weightnet", "we", "od", "se", "cbam", "eca")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ONE_CALL else name
+        for name in SMALL
+        if "mobilenet" not in name
+    ],
+)
 def test_compile_without_graph_breaks(name):
     # compiled code is kept per function of timm's, and only so often
     torch.compiler.reset()
