@@ -34,6 +34,7 @@ from measure import MODES, Case, geometry_of, recorded_calls, seconds
 from models import read_config
 from models.counting import count_layers
 from models.ops.backends import BACKENDS
+from models.ops.backends.winograd import squares_of
 
 # of the forward pass, and then of the backward pass: products, and how often a warehouse or its gradient is passed over
 PASSES = {"inference": ((1, 1),), "training": ((1, 1), (2, 2))}
@@ -79,7 +80,7 @@ def added(geo):
     convolution = kernels * geo.positions
     orders = [kernels * geo.n]
     if BACKENDS["winograd"].available(geo, torch.float32, "cpu"):
-        squares = math.prod(math.ceil(size / 2) for size in geo.out)
+        squares = math.prod(squares_of(geo.out))
         orders.append(kernels * geo.n + kernels * squares * 16 // 9 - convolution)
     if geo.foldable:
         mixed = geo.batch * geo.g_out * geo.n * geo.positions * geo.q

@@ -291,7 +291,7 @@ def test_costs_that_choose_no_better_are_not_kept(gpu, monkeypatch):
 
 
 def test_work_grows_with_the_layer():
-    """The definition's arithmetic is a bound from below where a backend neither folds nor saves products."""
+    """Four times the batch is more work, and at most four times as much; Triton pads the definition's."""
     geo, larger = SHAPES.geometry(True), SHAPES.of_batch(32).geometry(True)
     mix = 8 * 9 * 64 * 64 * 6 / 1e9
     convolve = mix / 6 * 14 * 14

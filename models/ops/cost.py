@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from .backends.pointwise import samples_at_a_time
+from .backends.winograd import squares_of
 from .fitted_costs import capability, fitted_costs
 from .geometry import Geometry, patches_are_copies
 from .peaks import gpu_peak
@@ -113,6 +114,12 @@ def _filled(size: int, tile: int) -> int:
     return math.ceil(size / tile) * tile
 
 
+def _folded(geo: Geometry) -> tuple[int, int, int]:
+    """Samples, blocks of outputs, and taps times blocks of inputs, where groups are samples if they can be."""
+    groups = geo.groups if geo.foldable else 1
+    return geo.batch * groups, geo.g_out // groups, geo.taps * geo.g_in
+
+
 def work(backend: str, geo: Geometry, item_bytes: int) -> tuple[float, ...]:
     """Amounts of work of a backend in a forward pass, in the order of the costs in `CPU`.
 
@@ -123,9 +130,7 @@ def work(backend: str, geo: Geometry, item_bytes: int) -> tuple[float, ...]:
     Returns:
         Multiply-adds of its products in 1e9, memory traffic in MB, and numbers of calls.
     """
-    groups = geo.groups if geo.foldable else 1
-    batch, g_out, k = geo.batch * groups, geo.g_out // groups, geo.taps * geo.g_in
-    c_out, q, positions = geo.cell[0], geo.q, geo.positions
+    (batch, g_out, k), c_out, q, positions = _folded(geo), geo.cell[0], geo.q, geo.positions
     kernels = batch * g_out * c_out * k * q
     # numbers that are twice as wide take twice as long
     wide = max(1, item_bytes / 4) / GIGA
@@ -158,7 +163,7 @@ def work(backend: str, geo: Geometry, item_bytes: int) -> tuple[float, ...]:
         return kernels * max(positions, 4), kernels * geo.n * short, warehouse, as_they_are, turned, 1
     if backend == "winograd":
         # 16 products for every 2 x 2 outputs of 3 x 3 taps; transforming inputs and outputs takes time in proportion
-        squares = math.prod(math.ceil(size / 2) for size in geo.out)
+        squares = math.prod(squares_of(geo.out))
         kernels = batch * k * g_out * _filled(c_out, LANES) * _filled(q, LANES) * wide
         return kernels * squares * 16 / 9, kernels * geo.n, kernels, warehouse, moved, 1
     if backend == "depthwise":
@@ -177,9 +182,7 @@ def _work_of_triton(backend: str, geo: Geometry, item_bytes: int) -> tuple[float
     """`work` of the backends in Triton, where every shape is padded to full tiles."""
     if backend not in ("triton", "triton_fused"):
         raise KeyError(backend)
-    groups = geo.groups if geo.foldable else 1
-    batch, g_out, k = geo.batch * groups, geo.g_out // groups, geo.taps * geo.g_in
-    c_out, q, positions = geo.cell[0], geo.q, geo.positions
+    (batch, g_out, k), c_out, q, positions = _folded(geo), geo.cell[0], geo.q, geo.positions
     size = batch * g_out * c_out * k * q * item_bytes / MB
     kernels = batch * k * g_out * _filled(c_out, TILE) * _filled(q, TILE) * (1 if item_bytes < 4 else 4) / GIGA
     mix = kernels * _filled(geo.n, TILE)

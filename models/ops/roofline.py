@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .backends.batched import GPU_BYTES, PATCH_BYTES
+from .backends.winograd import squares_of
 from .geometry import Geometry, patches_are_copies
 from .peaks import Peak
 
@@ -194,7 +195,7 @@ def _compiled(
     window = window // inputs * math.ceil(inputs / pad) * pad
     if winograd:
         # 16 spectra of every 2 x 2 outputs, and of every 3 x 3 taps
-        positions, window = math.prod(math.ceil(size / 2) for size in sizes.geo.out), window // 9 * 16
+        positions, window = math.prod(squares_of(sizes.geo.out)), window // 9 * 16
     product = (samples, positions, outputs, window)
     yield Step("mix kernels", moved, (1, sizes.rows, sizes.cell, sizes.geo.n), COMPILED, item=4)
     name = "gradient of the input" if backward else "convolve"

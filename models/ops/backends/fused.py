@@ -32,6 +32,21 @@ _NUMBERS = [*SHAPE, *"positions inputs rows x_last y_last".split()]
 _TABLES = "position tap seen".split()
 
 
+def shape(geo: Geometry, threads: int) -> dict[str, int]:
+    """The fields of `Shape`."""
+    values = (
+        geo.batch * geo.groups,
+        geo.g_out // geo.groups,
+        geo.g_in,
+        geo.taps,
+        geo.n,
+        *geo.cell[:2],
+        geo.groups,
+        threads,
+    )
+    return dict(zip(SHAPE, values, strict=True))
+
+
 class _Call(ctypes.Structure):
     """The shapes of a call, as `fused.cpp` reads them."""
 
@@ -76,20 +91,12 @@ class _Pass:
 def _call(size: tuple[int, ...], geo: Geometry, x_last: bool, y_last: bool, threads: int) -> tuple[Windows, _Call]:
     windows = Windows(size, geo)
     call = _Call(
-        samples=geo.batch * geo.groups,
-        g_out=geo.g_out // geo.groups,
-        g_in=geo.g_in,
-        taps=geo.taps,
-        n=geo.n,
-        c_out=geo.cell[0],
-        c_in=geo.cell[1],
+        **shape(geo, threads),
         positions=geo.positions,
-        groups=geo.groups,
         inputs=windows.inputs,
         rows=windows.rows,
         x_last=x_last,
         y_last=y_last,
-        threads=threads,
         position=windows.position.data_ptr(),
         tap=windows.tap.data_ptr(),
         seen=windows.seen.data_ptr() if windows.padded else None,

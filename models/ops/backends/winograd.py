@@ -38,6 +38,11 @@ _NUMBERS = [*fused.SHAPE, *"transposed squares inputs rows width outputs to_rows
 _TABLES = "corner seen to_corner kept".split()
 
 
+def squares_of(size: Sequence[int]) -> list[int]:
+    """How many squares of 2 positions cover each side of a map."""
+    return [-(-length // 2) for length in size]
+
+
 class _Call(ctypes.Structure):
     """The shapes of a call, as `winograd.cpp` reads them."""
 
@@ -54,7 +59,7 @@ class _Plan:
         sizes = (geo.out, size) if transposed else (size, geo.out)
         before = [2 - left if transposed else left for left, _ in geo.pads]
         (height, width), out = sizes
-        squares = [-(-length // 2) for length in out]
+        squares = squares_of(out)
         padded, kept = [2 * count + 2 for count in squares], [2 * count for count in squares]
         ones, twos = (1, 1), (2, 2)
         with torch.inference_mode(False):
@@ -67,15 +72,7 @@ class _Plan:
         self.out, self.rows, self.to_rows = tuple(out), padded[0] * padded[1], kept[0] * kept[1]
         corner, seen, to_corner, kept_positions = (table.data_ptr() for table in self.tables)
         self.call = _Call(
-            samples=geo.batch * geo.groups,
-            g_out=geo.g_out // geo.groups,
-            g_in=geo.g_in,
-            taps=geo.taps,
-            n=geo.n,
-            c_out=geo.cell[0],
-            c_in=geo.cell[1],
-            groups=geo.groups,
-            threads=threads,
+            **fused.shape(geo, threads),
             transposed=transposed,
             squares=squares[0] * squares[1],
             inputs=height * width,
