@@ -83,6 +83,7 @@ def cams_of(
     names: Sequence[str],
     about: str,
     probabilities_of: Callable[[Tensor], Tensor] = lambda scores: scores.softmax(1),
+    layer_of: Callable[[Any], str] | None = None,
 ) -> Cams:
     """Grad-CAM++ of the predicted class of every image.
 
@@ -93,12 +94,15 @@ def cams_of(
         names: of the classes.
         about: what to call the model.
         probabilities_of: the probabilities of scores.
+        layer_of: gives the module whose map of features is looked at, for an image; by default, that of the last map.
     """
     from torchcam.methods import GradCAMpp
 
-    layer = target_layer(model, lambda: scores_of(inputs[0]), about)
+    if layer_of is None:
+        last = target_layer(model, lambda: scores_of(inputs[0]), about)
     maps, predicted = [], []
     for image in inputs:
+        layer = last if layer_of is None else layer_of(image)
         with quiet(), torch.enable_grad(), GradCAMpp(model, layer) as extractor:
             scores = scores_of(image)
             best = int(scores[0].argmax())
@@ -114,13 +118,21 @@ def resized(cam: np.ndarray, height: int, width: int) -> np.ndarray:
     return F.interpolate(values, (height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
-def cam_picture(images: Sequence[np.ndarray], truths: Sequence[str] | None, found: Sequence[Cams]) -> Picture:
+def cam_picture(
+    images: Sequence[np.ndarray],
+    truths: Sequence[str] | None,
+    found: Sequence[Cams],
+    boxes: Sequence[Sequence[float] | None] | None = None,
+    of: str = "the last map of features",
+) -> Picture:
     """A column for every image: the image, and the map of each network over it.
 
     Args:
         images: [H, W, 3] from 0 to 1.
         truths: names of their classes; None: unknown.
         found: the maps of the networks.
+        boxes: (left, top, right, bottom) in pixels of the objects that the maps are of; None: unknown.
+        of: which features were looked at.
     """
     images = list(images)[:COLUMNS]
     rows = 1 + len(found)
@@ -133,6 +145,9 @@ def cam_picture(images: Sequence[np.ndarray], truths: Sequence[str] | None, foun
         drawn = None
         for column, image in enumerate(images):
             grid[0, column].imshow(image)
+            for axes in grid[:, column] if boxes is not None and boxes[column] is not None else ():
+                left, top, right, bottom = boxes[column]
+                axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color="white", linewidth=1)
             if truths is not None:
                 grid[0, column].set_title(label(truths[column], 18), fontsize=7)
             # neither black nor white, so that the colours of the map stay those of its scale
@@ -152,7 +167,9 @@ def cam_picture(images: Sequence[np.ndarray], truths: Sequence[str] | None, foun
         figure.colorbar(drawn, ax=grid, pad=0.01, aspect=30).set_label("Grad-CAM++ (0 to 1 in each image)")
         figure.suptitle("where each network looks for the class that it predicts")
     caption = (
-        "Grad-CAM++ over the last map of features: how much each place raises the score of the class that the network "
-        "predicts, which is named with its probability above each map. Every map is scaled from 0 to 1 by itself."
+        f"Grad-CAM++ over {of}: how much each place raises the score of the class that the network predicts, which is "
+        "named with its probability above each map. Every map is scaled from 0 to 1 by itself."
     )
+    if boxes is not None:
+        caption += " White: the box of that object."
     return Picture("grad-cam", caption, figure)

@@ -1,18 +1,18 @@
 """The pictures of the backbone of a detector, which sees images as the detector's test does."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loading.folders import images_in
 from loading.images import UnreadableImage, read_image
 from models.config import ConfigError
 
 from .attentions import Collector, require_attentions
-from .cams import COLUMNS, cam_picture, cams_of
+from .cams import COLUMNS, cam_picture, cams_of, resized
 from .embedding import Features, kernel_pictures, tsne_picture
 from .images import chosen
 from .looking import attention_set, check_labels
@@ -115,8 +115,37 @@ def log_odds(logits: Tensor) -> Tensor:
     return logits - others.logsumexp(2)
 
 
+def _read_map(detector: Any, score: Callable[[], Tensor]) -> str:
+    """The module of the feature pyramid whose map has the largest influence on a score.
+
+    The head reads an object from the map that suits its size; coarser maps of the pyramid see only its surroundings.
+    """
+    names = [f"neck.fpn_convs.{i}" for i in range(len(detector.neck.fpn_convs))]
+    maps: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _module, _inputs, output: maps.update({name: output})
+
+    handles = [detector.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(score(), [maps[name] for name in names], allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(zip(names, gradients, strict=True), key=lambda pair: 0 if pair[1] is None else float(pair[1].norm()))[0]
+
+
+def _box(detector: Any, batch: dict[str, Any]) -> list[float] | None:
+    """The box of the most certain object in pixels of the prepared image; None if there is none."""
+    with torch.no_grad():
+        (result,) = detector.predict(batch["inputs"], batch["data_samples"], rescale=False)
+    found = result.pred_instances
+    return found.bboxes[found.scores.argmax()].tolist() if len(found.scores) else None
+
+
 def _cams(detector: Any, files: Sequence[str], names: Sequence[str]) -> Picture:
-    """Grad-CAM++ of the class that the detector is most certain of, over the backbone's last map."""
+    """Grad-CAM++ of the class that the detector is most certain of, over the map that its box is read from."""
     batches = [detector.data_preprocessor(_data(detector, file), False) for file in files]
 
     def scores(batch: dict[str, Any]) -> Tensor:
@@ -125,11 +154,19 @@ def _cams(detector: Any, files: Sequence[str], names: Sequence[str]) -> Picture:
         logits = logits[0] if isinstance(logits, tuple) else logits
         return log_odds(logits)[:, :-1].amax(0, keepdim=True)
 
-    found = cams_of(detector.backbone.model, batches, scores, names, detector.backbone.name, torch.sigmoid)
-    preprocessor = detector.data_preprocessor
+    preprocessor, title = detector.data_preprocessor, detector.backbone.name
+    if hasattr(getattr(detector, "neck", None), "fpn_convs"):
+        of = "the map of features that the object is read from, of the pyramid made of all stages of the backbone"
+        layer_of = lambda batch: _read_map(detector, lambda: scores(batch).max())  # noqa: E731
+        found = cams_of(detector, batches, scores, names, title, torch.sigmoid, layer_of)
+    else:
+        of = "the last map of features of the backbone"
+        found = cams_of(detector.backbone.model, batches, scores, names, title, torch.sigmoid)
     images = []
-    for batch in batches:
+    for i, batch in enumerate(batches):
         image = batch["inputs"][0] * preprocessor.std + preprocessor.mean
+        # the right and lower edges are padding
         height, width = batch["data_samples"][0].img_shape[:2]
         images.append((image / 255).clamp(0, 1).permute(1, 2, 0)[:height, :width].cpu().numpy())
-    return cam_picture(images, None, [found])
+        found.maps[i] = resized(found.maps[i], *image.shape[1:])[:height, :width]
+    return cam_picture(images, None, [found], [_box(detector, batch) for batch in batches], of)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+import torch.nn.functional as F
 import visualize
 from helpers import METHODS, make_image_folder, words
 from PIL import Image
@@ -278,6 +279,26 @@ def test_selection_is_fixed_and_without_repetition():
     assert chosen(100, 10) == chosen(100, 10) and len(set(chosen(100, 10))) == 10
     assert sorted(chosen(7, 100)) == list(range(7))
     assert all(0 <= index < 100 for index in itertools.chain(chosen(100, 10)))
+
+
+class Pyramid(nn.Module):
+    """A detector's neck of three maps, of which the head reads the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.neck = nn.Module()
+        self.neck.fpn_convs = nn.ModuleList(nn.Conv2d(1, 2, 1) for _ in range(3))
+
+    def forward(self, x):
+        maps = [conv(F.avg_pool2d(x, 2**i)) for i, conv in enumerate(self.neck.fpn_convs)]
+        # the last one does not matter at all, the first hardly
+        return maps[1].sum() + 1e-3 * maps[0].mean()
+
+
+def test_the_map_that_a_detector_reads_is_found():
+    detector = Pyramid()
+    assert detectors._read_map(detector, lambda: detector(torch.randn(1, 1, 8, 8))) == "neck.fpn_convs.1"
+    assert not any(module._forward_hooks for module in detector.modules())
 
 
 @pytest.mark.slow
