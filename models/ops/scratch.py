@@ -3,10 +3,14 @@
 The operating system clears fresh pages, which costs as much as the arithmetic.  Other devices have caching allocators.
 """
 
+import contextlib
 import math
+import mmap
 import threading
+import weakref
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +19,12 @@ from .layout import is_channels_last
 # of the largest buffer; larger requests are allocated and freed as usual
 LIMIT_BYTES = 64 << 20
 
+# results of at least so many bytes are lent, and so many bytes that nobody holds are kept
+LENT_BYTES, IDLE_BYTES = 1 << 20, 512 << 20
+
 _buffers = threading.local()
+# (bytes, address) -> memory that was lent and is not held by anybody now
+_idle: dict[tuple[int, int], np.ndarray] = {}
 
 
 def scratch(slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -62,6 +71,45 @@ def output(shape: Sequence[int], like: Tensor, dtype: torch.dtype, last: bool = 
     return y.movedim(-1, 1) if last else y
 
 
+def lent(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised tensor for a result, with the data type and the device of `like`.
+
+    Its memory is lent again once no tensor refers to it. Layers that share a warehouse return gradients of its size,
+    one after the other, which autograd adds up: the C library gives such memory back to the operating system each time.
+    """
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or size < LENT_BYTES:
+        return like.new_empty(shape)
+    memory = None
+    for key in tuple(_idle):
+        # another thread may take it first
+        if key[0] == size and (memory := _idle.pop(key, None)) is not None:
+            break
+    if memory is None:
+        memory = _memory(size)
+    array = memory[:]
+    # called when the storage of the tensor, which alone holds the array, is freed
+    weakref.finalize(array, _take_back, memory).atexit = False
+    return torch.from_numpy(array).view(like.dtype).view(shape)
+
+
+def _memory(size: int) -> np.ndarray:
+    """Bytes in pages as large as possible: in small ones, the gradients of large warehouses take longer to write."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.empty(size, np.uint8)
+    # private, so that a forked process has its own
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without large pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)
+
+
+def _take_back(memory: np.ndarray) -> None:
+    if sum(size for size, _ in tuple(_idle)) + memory.nbytes <= IDLE_BYTES:
+        _idle[memory.nbytes, memory.ctypes.data] = memory
+
+
 def forget() -> None:
-    """Free the scratch memory of this thread."""
+    """Free the scratch memory of this thread, and the memory that was lent and is held by nobody."""
     _buffers.__dict__.clear()
+    _idle.clear()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..geometry import Geometry, full_alpha, live_alpha
 from ..layout import in_layout, is_channels_last
-from ..scratch import output, scratch, widened
+from ..scratch import lent, output, scratch, widened
 from .compiled import STORED, TYPES, compiles, library, run
 from .windows import Windows
 
@@ -130,7 +130,7 @@ def backward(
     if needs[1] or needs[2]:
         parts = own.run("parts_of_alpha")
         sums = scratch("sums", (parts, *own.units.shape), own.like) if needs[1] else None
-        dcells = own.like.new_empty(cells.shape) if needs[2] else None
+        dcells = lent(cells.shape, own.like) if needs[2] else None
         own.run("kernel_gradients", y_map, source, own.units, own.cells, own.x_map("x map"), sums, dcells)
         if needs[1]:
             dalpha = full_alpha(sums.sum(0).permute(0, 3, 1, 2, 4), geo).to(alpha.dtype)

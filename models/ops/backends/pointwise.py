@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Geometry, full_alpha, live_alpha
-from ..scratch import output, scratch, widened
+from ..scratch import lent, output, scratch, widened
 from .compiled import STORED, TYPES, compiles, library, run
 
 CASTS_CELLS = True
@@ -119,7 +119,7 @@ def backward(
     dcells = None
     for part, some in own.pieces():
         dkernels = own.kernels("kernel gradients", part) if needs[1] or needs[2] else None
-        rows, sums, total = own.rows[part], None, torch.empty_like(own.cells) if needs[2] else None
+        rows, sums, total = own.rows[part], None, lent(own.cells.shape, own.cells) if needs[2] else None
         if needs[1]:
             sums = scratch("sums", (own.run("parts_of_alpha", some), *rows.shape), own.x)
         dx_part = dx[part] if needs[0] else None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..geometry import Geometry, full_alpha, live_alpha
 from ..layout import in_layout, is_channels_last
-from ..scratch import output, scratch, widened
+from ..scratch import lent, output, scratch, widened
 from . import fused
 from .compiled import STORED, TYPES, compiles, library, run
 from .windows import offsets
@@ -160,7 +160,7 @@ def backward(
     if needs[1] or needs[2]:
         plan = own.plan(is_channels_last(x), is_channels_last(dy))
         sums = scratch("sums", (own.run("parts_of_alpha", plan), *own.units.shape), own.units) if needs[1] else None
-        dcells = own.units.new_empty(cells.shape) if needs[2] else None
+        dcells = lent(cells.shape, own.units) if needs[2] else None
         sides = own.as_stored("x", x), own.as_stored("dy", dy)
         own.run("kernel_gradients", plan, *sides, own.units, own.cells, *own.maps(plan), sums, dcells)
         if needs[1]:
