@@ -10,6 +10,7 @@ import re
 import resource
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ from typing import IO, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# before there is a group: the functions of this module keep the one of its import as a default, and `leave_processes`
+# could not end it
+import torch.distributed.nn.functional
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from models.config import ConfigError
@@ -204,21 +209,24 @@ def in_parallel(
     if compression == "bf16":
         _require_sums(torch.bfloat16, device)
         net.register_comm_hook(None, bf16_compress_hook)
+    _parallel.add(net)
     return net
 
 
-# groups of processes that this one has left
-_left = []
+# networks that average their gradients over the processes, as long as they exist
+_parallel: weakref.WeakSet[torch.nn.parallel.DistributedDataParallel] = weakref.WeakSet()
 
 
 def leave_processes() -> None:
-    """Leave the group of all processes.
+    """Leave the group of all processes, and end the threads that gloo worked with.
 
-    It is kept, so that a DistributedDataParallel that still exists is not the last to own it: that one would hold
-    Python's lock while it waits for the threads of gloo, and these may wait for the lock, to let go of a tensor
-    (PyTorch's issue 56297). Of 100 processes one or two would never end.
+    These may need Python's lock, to let go of a tensor. Who owns the group last must therefore not hold the lock while
+    it waits for them, or some of a hundred processes hang (PyTorch's issue 56297); and they must not outlive Python,
+    or some abort. Python's own references let go of the lock; the reducer of a DistributedDataParallel does not. So the
+    reducers of networks made by `in_parallel` go first: these networks can no longer be trained.
     """
-    _left.append(dist.group.WORLD)
+    for net in _parallel:
+        net.reducer = net.logger = net.process_group = None
     dist.destroy_process_group()
 
 

@@ -154,14 +154,17 @@ def _cams(detector: Any, files: Sequence[str], names: Sequence[str]) -> Picture:
         logits = logits[0] if isinstance(logits, tuple) else logits
         return log_odds(logits)[:, :-1].amax(0, keepdim=True)
 
-    preprocessor, title = detector.data_preprocessor, detector.backbone.name
+    def read_map(batch: dict[str, Any]) -> str:
+        return _read_map(detector, lambda: scores(batch).max())
+
+    name = detector.backbone.name
     if hasattr(getattr(detector, "neck", None), "fpn_convs"):
         of = "the map of features that the object is read from, of the pyramid made of all stages of the backbone"
-        layer_of = lambda batch: _read_map(detector, lambda: scores(batch).max())  # noqa: E731
-        found = cams_of(detector, batches, scores, names, title, torch.sigmoid, layer_of)
+        found = cams_of(detector, batches, scores, names, name, torch.sigmoid, read_map)
     else:
         of = "the last map of features of the backbone"
-        found = cams_of(detector.backbone.model, batches, scores, names, title, torch.sigmoid)
+        found = cams_of(detector.backbone.model, batches, scores, names, name, torch.sigmoid)
+    preprocessor = detector.data_preprocessor
     images = []
     for i, batch in enumerate(batches):
         image = batch["inputs"][0] * preprocessor.std + preprocessor.mean

@@ -250,15 +250,20 @@ def test_buffers_are_each_process_s_own_until_the_end_of_an_epoch():
 
 
 def test_a_group_is_left_while_its_network_exists():
-    """Without `leave_processes` one or two of a hundred such processes wait for ever."""
+    """Some of a hundred processes would hang if the network owned the group last, or abort if threads outlived it."""
     code = (
-        "import torch, torch.distributed as dist, utils\n"
+        "import pathlib, torch, torch.distributed as dist, utils\n"
+        "def threads():\n"
+        "    names = [p.read_text() for p in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "    return sum('gloo' in name for name in names)\n"
         "def once():\n"
         "    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
         "    net = utils.in_parallel(torch.nn.Linear(8, 8), torch.device('cpu'))\n"
         "    net(torch.randn(4, 8)).sum().backward()\n"
         "    dist.all_reduce(torch.ones(3))\n"
+        "    assert threads()\n"
         "    utils.leave_processes()\n"
+        "    assert not threads(), 'threads of gloo remain'\n"
         "for _ in range(500):\n    once()\n"
     )
     result = finish([sys.executable, "-c", code], 120, {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
