@@ -1,5 +1,6 @@
 """Detectors trained, resumed, evaluated and drawn by the commands that a user types, on a small data set."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -221,17 +222,25 @@ def test_code_in_a_checkpoint_never_runs(kind, way, data, trained, tmp_path):
     ],
     ids=["config", "data", "resume", "test", "model", "hook", "picture", "amp"],
 )
-def test_mistakes_end_in_one_line(arguments, message, data, trained, tmp_path):
-    *arguments, last = arguments
+def test_mistakes_end_in_one_line(arguments, message, data, trained, tmp_path, monkeypatch, capsys):
+    script, *arguments, last = arguments
     if isinstance(last, dict):
         # those of the README may be there
         arguments += [*options(data if last else "absent", **last), "--work-dir", tmp_path]
     else:
         arguments += [trained / "epoch_1.pth" if last == "CHECKPOINT" else last]
-    result = run(*arguments)
-    assert result.returncode == 2, result.stderr[-2000:]
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert importlib.import_module(f"detection.{Path(script).stem}").main([*map(str, arguments)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert message in line
+
+
+@pytest.mark.parametrize("script", ["train", "test", "infer"])
+def test_a_mistake_is_the_command_s_exit_code(script):
+    image = ["none.png"] if script == "infer" else []
+    result = run(f"detection/{script}.py", *image, "none.py", *([] if script == "train" else ["none.pth"]))
+    assert result.returncode == 2
+    assert re.fullmatch("error: .*none.*\n", result.stderr), result.stderr
 
 
 @pytest.mark.parametrize("launcher", [pytest.param("launch", marks=pytest.mark.slow), "torchrun"])
